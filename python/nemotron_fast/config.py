@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,68 +18,12 @@ from nemotron_fast.blocks import (
     parse_ffn,
     parse_mixer,
 )
+from nemotron_fast.config_reader import ConfigReader, read_config_json, refuse_unsupported
 from nemotron_fast.errors import ConfigError, Problems
 
 MODEL_TYPES = ("nemotron-nas", "deci", "llama")
 DTYPES = ("bfloat16", "float16", "float32")
 MIN_HEAD_DIM, MAX_HEAD_DIM = 64, 128
-MAX_CONFIG_BYTES = 16 << 20
-
-# Keys that say nothing about what inference computes, or that are read elsewhere (quantisation).
-_NEUTRAL_KEYS = frozenset(
-    [
-        "_name_or_path",
-        "architectures",
-        "attention_dropout",
-        "auto_map",
-        "dtype",
-        "initializer_range",
-        "torch_dtype",
-        "transformers_version",
-        "use_cache",
-        "quantization_config",
-        "return_dict",
-        "id2label",
-        "label2id",
-        "problem_type",
-        "output_attentions",
-        "output_hidden_states",
-        "chunk_size_feed_forward",
-        "pad_token_id",
-        "unsloth_fixed",
-    ]
-)
-# Keys with the one value under which the model is a plain Llama stack.
-_REQUIRED_VALUES = {
-    "attention_bias": False,
-    "mlp_bias": False,
-    "o_proj_bias": False,
-    "hidden_act": "silu",
-    "pretraining_tp": 1,
-    "position_embedding_type": "rope",
-    "is_decoder": True,
-}
-_READ_KEYS = frozenset(
-    [
-        "block_configs",
-        "model_type",
-        "hidden_size",
-        "num_attention_heads",
-        "num_key_value_heads",
-        "intermediate_size",
-        "num_hidden_layers",
-        "head_dim",
-        "vocab_size",
-        "max_position_embeddings",
-        "rope_theta",
-        "rope_scaling",
-        "rope_parameters",
-        "rms_norm_eps",
-        "tie_word_embeddings",
-        "bos_token_id",
-        "eos_token_id",
-    ]
-)
 
 
 @dataclass(frozen=True)
@@ -135,8 +78,8 @@ class ModelConfig:
         model_type = raw.get("model_type")
         if model_type not in MODEL_TYPES:
             raise ConfigError(f"model_type is {model_type!r}, want one of {', '.join(MODEL_TYPES)}")
-        _refuse_unsupported(raw, problems)
-        read = _Reader(raw, problems)
+        refuse_unsupported(raw, problems)
+        read = ConfigReader(raw, problems)
         hidden = read.integer("hidden_size")
         heads = read.integer("num_attention_heads")
         head_dim = raw.get("head_dim")
@@ -159,7 +102,7 @@ class ModelConfig:
             head_dim=head_dim,
             vocab_size=vocab,
             max_position=read.integer("max_position_embeddings"),
-            rope_theta=_Reader(rope, problems).number("rope_theta", default=10000.0),
+            rope_theta=ConfigReader(rope, problems).number("rope_theta", default=10000.0),
             rope_scaling=_parse_rope_scaling(rope, problems),
             rms_norm_eps=read.number("rms_norm_eps", default=1e-6),
             tie_word_embeddings=read.boolean("tie_word_embeddings", default=False),
@@ -175,68 +118,6 @@ class ModelConfig:
     def from_path(cls, path: str | Path) -> ModelConfig:
         """Read config.json, given the file itself or the checkpoint folder that holds it."""
         return cls.from_hf(read_config_json(path))
-
-
-def read_config_json(path: str | Path) -> dict[str, Any]:
-    """The parsed config.json at `path` (the file or its folder).
-
-    Raises:
-        ConfigError: no such file, larger than 16 MiB, or not JSON.
-    """
-    file = Path(path)
-    if file.is_dir():
-        file = file / "config.json"
-    try:
-        if file.stat().st_size > MAX_CONFIG_BYTES:
-            raise ConfigError(f"{file} has {file.stat().st_size} bytes, want at most {MAX_CONFIG_BYTES}")
-        return json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(
-            f"cannot read {file}: {error.strerror}; give a checkpoint folder or its config.json"
-        ) from None
-    except ValueError as error:
-        raise ConfigError(f"{file} is not JSON: {error}") from None
-
-
-class _Reader:
-    """Typed look-ups that record a problem and go on with a harmless value."""
-
-    def __init__(self, raw: dict[str, Any], problems: Problems) -> None:
-        self._raw, self._problems = raw, problems
-
-    def integer(self, key: str, default: int | None = None) -> int:
-        value = self._raw.get(key, default)
-        ok = isinstance(value, int) and not isinstance(value, bool) and 0 < value < 1 << 40
-        return value if self._problems.require(ok, f"{key} is {value!r}, want a positive integer") else 1
-
-    def number(self, key: str, default: float | None = None) -> float:
-        value = self._raw.get(key, default)
-        ok = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < float("inf")
-        return float(value) if self._problems.require(ok, f"{key} is {value!r}, want a positive number") else 1.0
-
-    def boolean(self, key: str, default: bool) -> bool:
-        value = self._raw.get(key, default)
-        self._problems.require(isinstance(value, bool), f"{key} is {value!r}, want true or false")
-        return value is True
-
-    def token_ids(self, key: str, vocab: int) -> tuple[int, ...]:
-        value = self._raw.get(key)
-        ids = [] if value is None else value if isinstance(value, list) else [value]
-        ok = all(isinstance(i, int) and not isinstance(i, bool) and 0 <= i < vocab for i in ids)
-        return (
-            tuple(ids) if self._problems.require(ok, f"{key} is {value!r}, want ids below vocab_size={vocab}") else ()
-        )
-
-
-def _refuse_unsupported(raw: dict[str, Any], problems: Problems) -> None:
-    for key, value in raw.items():
-        if key in _NEUTRAL_KEYS or key in _READ_KEYS or value is None:
-            continue
-        if key in _REQUIRED_VALUES:
-            want = _REQUIRED_VALUES[key]
-            problems.require(value == want, f"{key}={value!r} is not supported, want {want!r}")
-        elif value is not False:
-            problems.add(f"unknown option {key}={value!r}")
 
 
 def _rope_fields(raw: dict[str, Any], problems: Problems) -> dict[str, Any]:
@@ -258,7 +139,7 @@ def _parse_rope_scaling(rope: dict[str, Any], problems: Problems) -> Llama3Scali
     if kind != "llama3":
         problems.add(f"rope_type={kind!r} is not supported, want 'llama3' or none")
         return None
-    read = _Reader(rope, problems)
+    read = ConfigReader(rope, problems)
     scaling = Llama3Scaling(
         factor=read.number("factor"),
         low_freq_factor=read.number("low_freq_factor"),
@@ -272,7 +153,9 @@ def _parse_rope_scaling(rope: dict[str, Any], problems: Problems) -> Llama3Scali
     return scaling
 
 
-def _parse_blocks(raw: dict[str, Any], read: _Reader, hidden: int, heads: int, problems: Problems) -> tuple[Block, ...]:
+def _parse_blocks(
+    raw: dict[str, Any], read: ConfigReader, hidden: int, heads: int, problems: Problems
+) -> tuple[Block, ...]:
     num_layers = read.integer("num_hidden_layers")
     if raw["model_type"] == "llama":
         kv_heads = heads if raw.get("num_key_value_heads") is None else read.integer("num_key_value_heads")

@@ -1,0 +1,21 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <string>
+
+namespace nf {
+
+// How one CTA holds one row of E elements in registers, as 16-byte vectors of 8 elements.
+struct NormConfig {
+  int threads;          // of the CTA, a multiple of 32
+  int vecs_per_thread;  // 1, 2 or 4
+  bool operator==(const NormConfig&) const = default;
+};
+
+// Depends on E only, never on the number of tokens: the order of the sum, and so every bit of a row's result,
+// is the same alone and in a batch. Throws for an E that is not a multiple of 8 or that no config holds.
+NormConfig pick_norm_config(int dim);
+
+std::string to_string(const NormConfig& config);  // "512 threads x 2 vectors"
+
+}  // namespace nf

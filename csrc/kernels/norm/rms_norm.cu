@@ -1,0 +1,156 @@
+// SPDX-License-Identifier: Apache-2.0
+// RMS norm, and residual add + RMS norm. Grid (T); one CTA = one row, held in registers between its one read
+// and its one write. Bandwidth bound: moves 2*T*E elements (4*T*E with a residual) and E weights.
+#include <climits>
+#include <string>
+
+#include "kernels/common/check.h"
+#include "kernels/common/dispatch.h"
+#include "kernels/common/launch.h"
+#include "kernels/common/reduce.cuh"
+#include "kernels/common/vec.cuh"
+#include "kernels/norm/rms_norm.h"
+
+namespace nf {
+namespace {
+
+template <class Scalar_, int kVecs_, bool kAdd_>
+struct Config {
+  using Scalar = Scalar_;
+  static constexpr int kVecs = kVecs_;  // of a row, per thread
+  static constexpr bool kAdd = kAdd_;   // is there a residual?
+  // Caps the registers: 42 a thread for three CTAs an SM; 64 for the long rows, which take all of one CTA's
+  // threads.
+  static constexpr int kMaxThreads = kVecs < 4 ? 512 : 1024;
+  static constexpr int kMinCtas = kVecs < 4 ? 3 : 1;
+};
+
+// residual + x, rounded: what the residual will be.
+template <class Scalar>
+__device__ __forceinline__ Vec<Scalar> add(const Vec<Scalar>& residual, const Vec<Scalar>& x) {
+  Vec<Scalar> sum;
+#pragma unroll
+  for (int i = 0; i < Vec<Scalar>::kPairs; ++i) {
+    const float2 a = residual.pair(i), b = x.pair(i);
+    sum.round_pair(i, {a.x + b.x, a.y + b.y});
+  }
+  return sum;
+}
+
+template <class Scalar>
+__device__ __forceinline__ float sum_of_squares(const Vec<Scalar>& v) {
+  float sum = 0.0f;
+#pragma unroll
+  for (int i = 0; i < Vec<Scalar>::kPairs; ++i) {
+    const float2 f = v.pair(i);
+    sum = fmaf(f.x, f.x, fmaf(f.y, f.y, sum));
+  }
+  return sum;
+}
+
+template <class Scalar>
+__device__ __forceinline__ Vec<Scalar> scale(const Vec<Scalar>& v, float inv_rms, const Vec<Scalar>& weight) {
+  Vec<Scalar> out;
+#pragma unroll
+  for (int i = 0; i < Vec<Scalar>::kPairs; ++i) {
+    const float2 f = v.pair(i), w = weight.pair(i);
+    const float2 n = round_through<Scalar>({f.x * inv_rms, f.y * inv_rms});
+    out.round_pair(i, {n.x * w.x, n.y * w.y});
+  }
+  return out;
+}
+
+template <class C>
+__global__ void __launch_bounds__(C::kMaxThreads, C::kMinCtas)
+    rms_norm_kernel(const RmsNormParams<typename C::Scalar> p) {
+  using Scalar = typename C::Scalar;
+  const int num_vecs = p.dim / Vec<Scalar>::kElements;
+  const int64_t row = blockIdx.x;
+  const Scalar* x = p.x + row * p.x_stride;
+  Scalar* residual = C::kAdd ? p.residual + row * p.residual_stride : nullptr;
+  Scalar* out = p.out + row * p.out_stride;
+  const auto vec_idx = [](int i) { return i * int(blockDim.x) + int(threadIdx.x); };
+
+  let_successor_start();
+#pragma unroll
+  for (int i = 0; i < C::kVecs; ++i)
+    if (threadIdx.x % 8 == 0 && vec_idx(i) < num_vecs)  // 8 vectors are one line
+      prefetch_l2(p.weight + int64_t(vec_idx(i)) * Vec<Scalar>::kElements);
+  wait_for_predecessor();
+
+  // All loads before the first store, which might alias them and so would hold them back.
+  Vec<Scalar> r_row[C::kVecs], r_residual[C::kVecs], r_weight[C::kVecs];
+#pragma unroll
+  for (int i = 0; i < C::kVecs; ++i) {
+    if (vec_idx(i) >= num_vecs) continue;
+    r_row[i] = load_vec(x, vec_idx(i));
+    if constexpr (C::kAdd) r_residual[i] = load_vec(residual, vec_idx(i));
+    r_weight[i] = load_vec(p.weight, vec_idx(i));
+  }
+
+  float sum = 0.0f;
+#pragma unroll
+  for (int i = 0; i < C::kVecs; ++i) {
+    if (vec_idx(i) >= num_vecs) continue;
+    if constexpr (C::kAdd) {
+      r_row[i] = add(r_residual[i], r_row[i]);
+      store_vec(residual, vec_idx(i), r_row[i]);
+    }
+    sum += sum_of_squares(r_row[i]);
+  }
+  const float inv_rms = rsqrtf(cta_sum(sum) / float(p.dim) + p.eps);
+
+#pragma unroll
+  for (int i = 0; i < C::kVecs; ++i) {
+    if (vec_idx(i) >= num_vecs) continue;
+    r_row[i].keep_packed();
+    store_vec(out, vec_idx(i), scale(r_row[i], inv_rms, r_weight[i]));
+  }
+}
+
+template <class Scalar>
+bool rows_are_aligned(const Scalar* pointer, int64_t stride) {
+  return reinterpret_cast<uintptr_t>(pointer) % sizeof(Vec<Scalar>) == 0 &&
+         stride % Vec<Scalar>::kElements == 0;
+}
+
+template <bool kAdd, class Scalar>
+void check_and_launch(const RmsNormParams<Scalar>& p, const NormConfig& config, cudaStream_t stream) {
+  NF_CHECK(p.dim > 0 && p.dim % Vec<Scalar>::kElements == 0, "E=" + std::to_string(p.dim));
+  NF_CHECK(config.threads % kWarpSize == 0, to_string(config));
+  NF_CHECK(int64_t(config.threads) * config.vecs_per_thread * Vec<Scalar>::kElements >= p.dim,
+           to_string(config) + " for E=" + std::to_string(p.dim));
+  NF_CHECK(p.num_tokens >= 0 && p.num_tokens <= INT_MAX, "T=" + std::to_string(p.num_tokens));
+  if (p.num_tokens == 0) return;
+  NF_CHECK(rows_are_aligned(p.out, p.out_stride), "stride " + std::to_string(p.out_stride));
+  NF_CHECK(rows_are_aligned(p.x, p.x_stride), "stride " + std::to_string(p.x_stride));
+  NF_CHECK(rows_are_aligned(p.weight, 0), "an address that is no multiple of 16");
+  NF_CHECK((p.residual != nullptr) == kAdd, p.residual ? "a residual" : "no residual");
+  NF_CHECK(rows_are_aligned(p.residual, p.residual_stride), "stride " + std::to_string(p.residual_stride));
+
+  const Grid grid{.ctas = dim3(unsigned(p.num_tokens)), .threads = config.threads};
+  dispatch<1, 2, 4>("vecs_per_thread", config.vecs_per_thread, [&](auto vecs) {
+    using C = Config<Scalar, vecs, kAdd>;
+    NF_CHECK(config.threads <= C::kMaxThreads, to_string(config));
+    launch<rms_norm_kernel<C>>(grid, stream, p);
+  });
+}
+
+}  // namespace
+
+template <class Scalar>
+void rms_norm(const RmsNormParams<Scalar>& p, const NormConfig& config, cudaStream_t stream) {
+  check_and_launch<false>(p, config, stream);
+}
+
+template <class Scalar>
+void add_rms_norm(const RmsNormParams<Scalar>& p, const NormConfig& config, cudaStream_t stream) {
+  check_and_launch<true>(p, config, stream);
+}
+
+template void rms_norm(const RmsNormParams<__nv_bfloat16>&, const NormConfig&, cudaStream_t);
+template void rms_norm(const RmsNormParams<__half>&, const NormConfig&, cudaStream_t);
+template void add_rms_norm(const RmsNormParams<__nv_bfloat16>&, const NormConfig&, cudaStream_t);
+template void add_rms_norm(const RmsNormParams<__half>&, const NormConfig&, cudaStream_t);
+
+}  // namespace nf

@@ -1,0 +1,39 @@
+// SPDX-License-Identifier: Apache-2.0
+// Every op's schema: the contract with Python. Outputs are given by the caller, so that ops suit CUDA graphs.
+// The CUDA backend of an op is registered in <family>.cpp, the CPU backend by
+// python/nemotron_fast/reference.py.
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY(nemotron_fast, m) {
+  m.def("embed(Tensor(a!) out, Tensor ids, Tensor weight) -> ()");
+
+  m.def("rms_norm(Tensor(a!) out, Tensor x, Tensor weight, float eps) -> ()");
+  m.def("add_rms_norm(Tensor(a!) out, Tensor(b!) residual, Tensor x, Tensor weight, float eps) -> ()");
+
+  m.def("quantize_fp8(Tensor(a!) out, Tensor x, Tensor scale) -> ()");
+  m.def("quantize_fp8_per_token(Tensor(a!) out, Tensor(b!) scale, Tensor x) -> ()");
+
+  m.def("linear(Tensor(a!) out, Tensor x, Tensor weight, Tensor? x_scale, Tensor? weight_scale) -> ()");
+  m.def("silu_mul(Tensor(a!) out, Tensor gate_up) -> ()");
+
+  m.def(
+      "rope_append(Tensor(a!) qkv, Tensor(b!) k_cache, Tensor(c!) v_cache, Tensor cos_sin, Tensor positions, "
+      "Tensor slots, float k_scale, float v_scale) -> ()");
+  m.def(
+      "attention(Tensor(a!) out, Tensor q, Tensor k_cache, Tensor v_cache, Tensor page_table, Tensor "
+      "q_start, "
+      "Tensor kv_len, float softmax_scale, float k_scale, float v_scale) -> ()");
+
+  m.def(
+      "penalize(Tensor(a!) logits, Tensor output_counts, Tensor in_prompt, Tensor presence, Tensor "
+      "frequency, "
+      "Tensor repetition) -> ()");
+  m.def(
+      "sample(Tensor(a!) tokens, Tensor logits, Tensor temperature, Tensor top_k, Tensor top_p, Tensor "
+      "min_p, "
+      "Tensor seed, Tensor step) -> ()");
+  m.def(
+      "top_logprobs(Tensor(a!) chosen, Tensor(b!) rank, Tensor(c!) top_values, Tensor(d!) top_ids, Tensor "
+      "logits, "
+      "Tensor tokens) -> ()");
+}

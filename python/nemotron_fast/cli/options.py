@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Options of the commands that run a model, and what they turn into: an LLM and SamplingParams."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from nemotron_fast.llm import LLM
+    from nemotron_fast.sampling_params import SamplingParams
+
+DTYPES = ("auto", "bfloat16", "float16", "float32")
+THINKING = {"on": True, "off": False, "auto": None}
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("model")
+    group.add_argument(
+        "--model", required=True, metavar="M", help="checkpoint folder, or 'demo' for the embedded model"
+    )
+    group.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a GPU if it can be used"
+    )
+    group.add_argument("--dtype", choices=DTYPES, default="auto", help="of the activations (default: the checkpoint's)")
+    group.add_argument("--quantize", choices=("fp8",), help="quantise the linears while loading")
+    group.add_argument("--kv-dtype", choices=(*DTYPES, "fp8"), default="auto", help="of the KV cache")
+    group.add_argument("--max-model-len", metavar="N", type=int, help="tokens of one sequence (default: what fits)")
+    group.add_argument("--seed", metavar="N", type=int, default=0, help="base of all random seeds (default 0)")
+    group.add_argument(
+        "--generation-config",
+        choices=("auto", "none"),
+        default="auto",
+        help="use the sampling defaults of the checkpoint's generation_config.json, or none",
+    )
+
+
+def add_sampling_arguments(parser: argparse.ArgumentParser, *, max_tokens: int | None) -> None:
+    group = parser.add_argument_group("sampling")
+    shown = "the room left in the context" if max_tokens is None else max_tokens
+    group.add_argument(
+        "--max-tokens", metavar="N", type=int, default=max_tokens, help=f"tokens to generate at most (default: {shown})"
+    )
+    group.add_argument("--temperature", metavar="T", type=float, help="0 = greedy")
+    group.add_argument("--top-p", metavar="P", type=float, help="1 = off")
+    group.add_argument("--top-k", metavar="K", type=int, help="0 = off")
+    group.add_argument("--min-p", metavar="P", type=float, help="0 = off")
+    group.add_argument("--presence-penalty", metavar="X", type=float, default=0.0)
+    group.add_argument("--frequency-penalty", metavar="X", type=float, default=0.0)
+    group.add_argument("--repetition-penalty", metavar="X", type=float, help="1 = off")
+    group.add_argument("--stop", metavar="TEXT", action="append", default=[], help="end at this text; may be repeated")
+    group.add_argument("--ignore-eos", action="store_true", help="go on after an end-of-sequence token")
+
+
+def load_llm(args: argparse.Namespace) -> LLM:
+    """The model that the options of `add_model_arguments` name; use it in a `with` statement."""
+    from nemotron_fast.llm import LLM
+
+    return LLM(
+        args.model,
+        device=args.device,
+        dtype=args.dtype,
+        quantize=args.quantize,
+        kv_dtype=args.kv_dtype,
+        max_model_len=args.max_model_len,
+        seed=args.seed,
+        generation_config=args.generation_config,
+    )
+
+
+def sampling_params(args: argparse.Namespace, **more: Any) -> SamplingParams:
+    """The options of `add_sampling_arguments`, checked before a model is loaded.
+
+    Raises:
+        RequestError: a value out of range.
+    """
+    from nemotron_fast.sampling_params import SamplingParams
+
+    return SamplingParams(
+        max_tokens=args.max_tokens,
+        temperature=args.temperature,
+        top_p=args.top_p,
+        top_k=args.top_k,
+        min_p=args.min_p,
+        presence_penalty=args.presence_penalty,
+        frequency_penalty=args.frequency_penalty,
+        repetition_penalty=args.repetition_penalty,
+        stop=tuple(args.stop),
+        ignore_eos=args.ignore_eos,
+        **more,
+    )

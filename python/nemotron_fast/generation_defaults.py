@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: Apache-2.0
+"""generation_config.json: a checkpoint's own sampling defaults and end-of-sequence ids."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from nemotron_fast.errors import CheckpointError
+from nemotron_fast.sampling_params import NEUTRAL, SamplingParams
+
+
+@dataclass(frozen=True)
+class GenerationDefaults:
+    """What generation_config.json says about generating."""
+
+    sampling: dict[str, Any] = field(default_factory=dict)  # values for fields of NEUTRAL
+    eos_token_ids: tuple[int, ...] = ()
+
+
+def read_generation_defaults(folder: Path) -> GenerationDefaults:
+    """The defaults of a checkpoint folder; none if it has no generation_config.json. `do_sample: false` means greedy.
+
+    Raises:
+        CheckpointError: the file is not JSON, or holds values out of range.
+    """
+    file = folder / "generation_config.json"
+    if not file.exists():
+        return GenerationDefaults()
+    try:
+        raw = json.loads(file.read_text(encoding="utf-8"))
+        sampling = {k: raw[k] for k in NEUTRAL if raw.get(k) is not None}
+        if raw.get("do_sample") is False:
+            sampling = {"temperature": 0.0} | {k: v for k, v in sampling.items() if k == "repetition_penalty"}
+        SamplingParams(**sampling)
+        eos = raw.get("eos_token_id")
+        eos_ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
+        return GenerationDefaults(sampling, tuple(int(i) for i in eos_ids))
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{file} cannot be used: {error}; mend it or pass generation_config='none'") from None

@@ -1,0 +1,282 @@
+# SPDX-License-Identifier: Apache-2.0
+"""LLM: the Python API. A checkpoint folder in, text out."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+from nemotron_fast.conversation import Conversation, prepare_chat
+from nemotron_fast.device import KV_DTYPES, free_bytes, resolve_device, resolve_dtype
+from nemotron_fast.engine import Engine, EngineOptions
+from nemotron_fast.errors import CapacityError, RequestError
+from nemotron_fast.footprint import kv_bytes_per_token
+from nemotron_fast.loading import LoadedModel, load_model
+from nemotron_fast.outputs import Delta, Result, Timings, Usage
+from nemotron_fast.pages import PAGE_SIZE, pages_for
+from nemotron_fast.progress import progress_bar
+from nemotron_fast.request import Request
+from nemotron_fast.sampling_params import SamplingParams
+from nemotron_fast.sequence_text import SequenceText
+
+Prompt = str | list[int]
+Message = dict[str, Any]
+
+KV_MEMORY_SHARE = 0.5  # of the memory that is free after loading, at most, for the KV cache
+
+
+class LLM:
+    """A loaded model and its engine.
+
+    Args:
+        model: a checkpoint folder, or "demo" for the model inside the package.
+        device: "auto", "cpu" or "cuda".
+        dtype: type of the activations and unquantised weights; "auto" = the checkpoint's.
+        quantize: "fp8" quantises the linears of a BF16, FP16 or FP32 checkpoint while loading.
+        kv_dtype: type of the KV cache; "auto" = FP8 if the checkpoint says so, else `dtype`.
+        max_model_len: tokens of one sequence; None = what the model and the memory allow.
+        max_num_seqs: sequences that run at once.
+        seed: base of the seeds of requests that bring none.
+        tensor_parallel_size: only 1 is supported so far.
+        generation_config: "auto" uses the checkpoint's sampling defaults and says so once on stderr; "none" does not.
+
+    Raises:
+        ConfigError, CheckpointError, CapacityError, DeviceError, RequestError: see nemotron_fast.errors.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        device: str = "auto",
+        dtype: str = "auto",
+        quantize: str | None = None,
+        kv_dtype: str = "auto",
+        max_model_len: int | None = None,
+        max_num_seqs: int = 64,
+        seed: int = 0,
+        tensor_parallel_size: int = 1,
+        generation_config: str = "auto",
+    ) -> None:
+        if tensor_parallel_size != 1:
+            raise RequestError(f"tensor_parallel_size={tensor_parallel_size} is not supported yet, want 1")
+        if generation_config not in ("auto", "none"):
+            raise RequestError(f"generation_config={generation_config!r}, want 'auto' or 'none'")
+        where = resolve_device(device)
+        loaded = load_model(model, device=where, dtype=dtype, quantize=quantize)
+        config = loaded.config
+        auto_kv = "fp8" if loaded.kv_cache_fp8 else loaded.dtype_name
+        kv_type = resolve_dtype(kv_dtype, auto_kv, KV_DTYPES, "kv_dtype")
+        kv_name = next(name for name, t in KV_DTYPES.items() if t == kv_type)
+        length, num_pages = _size_cache(loaded, kv_name, max_model_len, max_num_seqs, free_bytes(where))
+        options = EngineOptions(max_model_len=length, num_pages=num_pages, max_num_seqs=max_num_seqs, seed=seed)
+        self.config = config
+        self.tokenizer = loaded.tokenizer
+        self.max_model_len = length
+        self.sampling_defaults = loaded.defaults.sampling if generation_config == "auto" else {}
+        self._engine: Engine | None = Engine(config, loaded.weights, kv_dtype=kv_type, options=options)
+        self._live: dict[Request, SequenceText] = {}
+        if self.sampling_defaults:
+            values = ", ".join(f"{k}={v}" for k, v in self.sampling_defaults.items())
+            print(
+                f"nemotron_fast: generation_config.json says {values} (generation_config='none' ignores them)",
+                file=sys.stderr,
+            )
+
+    def generate(
+        self, prompts: Prompt | list[Prompt], params: SamplingParams | None = None, *, progress: bool | None = None
+    ) -> list[Result]:
+        """Complete each prompt (text or token ids); results come in the order of the prompts.
+
+        `progress` shows a bar on stderr; None = only for several prompts on a terminal.
+
+        Raises:
+            RequestError: a prompt or parameter that cannot be served; nothing has run then.
+        """
+        conversations = [self._plain(p) for p in _as_list(prompts)]
+        return self._run(conversations, params or SamplingParams(), progress)
+
+    def chat(
+        self,
+        messages: list[Message] | list[list[Message]],
+        params: SamplingParams | None = None,
+        *,
+        thinking: bool | None = None,
+        progress: bool | None = None,
+    ) -> list[Result]:
+        """Answer one conversation, or several; a message has "role" and "content".
+
+        `thinking` switches the reasoning of models that have the switch; None = the model's own default.
+        """
+        several = bool(messages) and isinstance(messages[0], list)
+        conversations = [prepare_chat(self.tokenizer, m, thinking) for m in (messages if several else [messages])]
+        return self._run(conversations, params or SamplingParams(), progress)
+
+    def stream(
+        self,
+        prompt: Prompt | list[Message],
+        params: SamplingParams | None = None,
+        *,
+        thinking: bool | None = None,
+    ) -> Iterator[Delta]:
+        """Like generate (or chat, for messages) of one prompt, piece by piece; closing the iterator cancels it.
+
+        The last delta carries the whole result.
+        """
+        is_chat = isinstance(prompt, list) and bool(prompt) and isinstance(prompt[0], dict)
+        conversation = prepare_chat(self.tokenizer, prompt, thinking) if is_chat else self._plain(prompt)
+        sequences = self._start([conversation], params or SamplingParams())[0]
+        return self._deltas(conversation, sequences)
+
+    def close(self) -> None:
+        """Free the weights and the cache; the object cannot be used afterwards. Closing twice is harmless."""
+        self._engine = None
+        self._live.clear()
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _plain(self, prompt: Prompt) -> Conversation:
+        if not isinstance(prompt, str):
+            return Conversation(None, list(prompt))
+        if not prompt:
+            raise RequestError("the prompt is empty; give at least one character")
+        if self.tokenizer is None:
+            raise RequestError("this checkpoint has no tokenizer.json; give token ids instead of text")
+        return Conversation(prompt, self.tokenizer.encode(prompt))
+
+    def _start(self, conversations: list[Conversation], params: SamplingParams) -> list[list[SequenceText]]:
+        """Queue n sequences per conversation; if one is refused, none is left queued."""
+        if self._engine is None:
+            raise RequestError("this LLM is closed; make a new one")
+        if params.stop and self.tokenizer is None:
+            raise RequestError("stop strings need a tokenizer, and this checkpoint has no tokenizer.json")
+        started: list[list[SequenceText]] = []
+        with contextlib.ExitStack() as undo:
+            for conversation in conversations:
+                resolved = params.resolve(self.sampling_defaults | conversation.sampling)
+                group = []
+                for index in range(params.n):
+                    request = self._engine.add_request(conversation.token_ids, resolved, sample_index=index)
+                    undo.callback(self._engine.abort, request)
+                    group.append(
+                        SequenceText(
+                            request, index, self.tokenizer, conversation.profile, conversation.starts_in_thought
+                        )
+                    )
+                started.append(group)
+            undo.pop_all()
+        self._live.update((s.request, s) for group in started for s in group)
+        return started
+
+    def _step(self) -> int:
+        """One engine step and the text of every sequence it touched; returns the number of new tokens."""
+        touched = self._engine.step()
+        for request in touched:
+            sequence = self._live[request]
+            sequence.advance()
+            if sequence.stopped_by is not None:
+                self._engine.abort(request, "stop", sequence.stopped_by)
+            if request.is_finished:
+                del self._live[request]
+        return len(touched)
+
+    def _run(self, conversations: list[Conversation], params: SamplingParams, progress: bool | None) -> list[Result]:
+        groups = self._start(conversations, params)
+        pending = [s.request for group in groups for s in group]
+        show = progress if progress is not None else len(groups) > 1 and sys.stderr.isatty()
+        try:
+            with progress_bar("generating", len(pending), unit="sequences", show=show) as bar:
+                while not all(r.is_finished for r in pending):
+                    tokens = self._step()
+                    bar(sum(r.is_finished for r in pending), tokens)
+        finally:
+            self._cancel(groups)
+        return [_result(c, group) for c, group in zip(conversations, groups, strict=True)]
+
+    def _deltas(self, conversation: Conversation, sequences: list[SequenceText]) -> Iterator[Delta]:
+        try:
+            while any(not s.request.is_finished or s.deltas for s in sequences):
+                for sequence in sequences:
+                    while sequence.deltas:
+                        delta = sequence.deltas.popleft()
+                        if all(s.request.is_finished and not s.deltas for s in sequences):
+                            delta = dataclasses.replace(delta, result=_result(conversation, sequences))
+                        yield delta
+                if any(not s.request.is_finished for s in sequences):
+                    self._step()
+        finally:
+            self._cancel([sequences])
+
+    def _cancel(self, groups: list[list[SequenceText]]) -> None:
+        for sequence in (s for group in groups for s in group):
+            if self._engine is not None:
+                self._engine.abort(sequence.request)
+            self._live.pop(sequence.request, None)
+
+
+def _as_list(prompts: Prompt | list[Prompt]) -> list[Prompt]:
+    """A single prompt (text, or a list of ids) becomes a list of one."""
+    if isinstance(prompts, str) or (isinstance(prompts, list) and prompts and isinstance(prompts[0], int)):
+        return [prompts]
+    ok = isinstance(prompts, list) and all(isinstance(p, (str, list)) for p in prompts)
+    if not ok:
+        raise RequestError(f"prompts is {type(prompts).__name__}, want text, a list of token ids, or a list of either")
+    return prompts
+
+
+def _size_cache(
+    loaded: LoadedModel, kv_dtype: str, max_model_len: int | None, max_num_seqs: int, free: int
+) -> tuple[int, int]:
+    """(max_model_len, pages): as much as all sequences could use, at most KV_MEMORY_SHARE of the free memory.
+
+    Raises:
+        RequestError: max_model_len is out of the model's range.
+        CapacityError: not even one sequence of max_model_len fits.
+    """
+    config = loaded.config
+    length = config.max_position if max_model_len is None else max_model_len
+    if not 1 <= length <= config.max_position:
+        raise RequestError(
+            f"max_model_len={length}, want 1..{config.max_position} (the model's max_position_embeddings)"
+        )
+    per_page = PAGE_SIZE * kv_bytes_per_token(config, kv_dtype)
+    budget = int(free * KV_MEMORY_SHARE)
+    affordable = budget // per_page if per_page else pages_for(length) * max_num_seqs
+    if max_model_len is None:
+        length = min(length, affordable * PAGE_SIZE)
+    if affordable == 0 or affordable < pages_for(length):
+        raise CapacityError(
+            f"a context of {length} tokens needs {pages_for(length) * per_page / 1e9:.2f} GB of KV cache, "
+            f"{budget / 1e9:.2f} GB are available for it ({affordable * PAGE_SIZE} tokens); "
+            "lower max_model_len or use kv_dtype='fp8'"
+        )
+    return length, min(affordable, pages_for(length) * max_num_seqs)
+
+
+def _result(conversation: Conversation, group: list[SequenceText]) -> Result:
+    requests = [s.request for s in group]
+    arrived = min(r.arrived_at for r in requests)
+    first = min(r.first_token_at for r in requests)
+    end = max(r.finished_at for r in requests)
+    generated = sum(len(r.output) for r in requests)
+    return Result(
+        prompt=conversation.text,
+        prompt_token_ids=conversation.token_ids,
+        outputs=[s.completion() for s in group],
+        prompt_logprobs=requests[0].prompt_logprobs or None,
+        usage=Usage(len(conversation.token_ids), generated),
+        timings=Timings(
+            queue_s=min(r.scheduled_at for r in requests) - arrived,
+            ttft_s=first - arrived,
+            decode_s=end - first,
+            total_s=end - arrived,
+            tokens_per_s=generated / max(end - arrived, 1e-9),
+        ),
+    )

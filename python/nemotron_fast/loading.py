@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A model's name or folder -> everything the engine needs: config, tokenizer, defaults, weights."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from dataclasses import dataclass
+
+import torch
+
+from nemotron_fast.config import ModelConfig
+from nemotron_fast.device import DTYPES, free_bytes, resolve_dtype
+from nemotron_fast.errors import CapacityError, RequestError
+from nemotron_fast.footprint import weight_bytes
+from nemotron_fast.generation_defaults import GenerationDefaults, read_generation_defaults
+from nemotron_fast.models import resolve_model
+from nemotron_fast.progress import progress_bar
+from nemotron_fast.quant_config import read_quant_config
+from nemotron_fast.tokenizer import Tokenizer
+from nemotron_fast.weights import ModelWeights, load_weights
+
+LONG_LOAD_BYTES = 1 << 30  # loads of more than this show a progress bar
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    config: ModelConfig
+    weights: ModelWeights
+    tokenizer: Tokenizer | None  # None: the folder has no tokenizer.json
+    defaults: GenerationDefaults
+    dtype_name: str  # of the activations
+    kv_cache_fp8: bool  # the checkpoint asks for an FP8 KV cache
+
+
+def load_model(model: str, *, device: torch.device, dtype: str, quantize: str | None) -> LoadedModel:
+    """Read a checkpoint; the small files first, so that what is wrong is known before the weights are touched.
+
+    Raises:
+        CheckpointError, ConfigError, CapacityError, RequestError.
+    """
+    if quantize not in (None, "fp8"):
+        raise RequestError(f"quantize={quantize!r}, want 'fp8' or None")
+    folder = resolve_model(model)
+    config = ModelConfig.from_path(folder)
+    quant = read_quant_config(folder)
+    defaults = read_generation_defaults(folder)
+    tokenizer = Tokenizer.from_folder(folder) if (folder / "tokenizer.json").exists() else None
+    torch_dtype = resolve_dtype(dtype, config.dtype, DTYPES, "dtype")
+    eos = (*config.eos_token_ids, *defaults.eos_token_ids, *(tokenizer.eos_ids if tokenizer else ()))
+    config = dataclasses.replace(config, eos_token_ids=tuple(dict.fromkeys(eos)))
+    stored_fp8 = quantize == "fp8" or (quant is not None and quant.quantizes_weights)
+    weight_dtype = "fp8" if stored_fp8 else config.dtype if dtype == "auto" else dtype
+    needed, free = weight_bytes(config, weight_dtype), free_bytes(device)
+    if needed > free:
+        raise CapacityError(
+            f"the weights need {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free on {device}; "
+            "use quantize='fp8' or a machine with more memory"
+        )
+    with progress_bar("loading", needed, show=sys.stderr.isatty() and needed > LONG_LOAD_BYTES) as update:
+        weights = load_weights(
+            folder,
+            config,
+            quant,
+            device=device,
+            dtype=torch_dtype,
+            quantize=quantize,
+            progress=lambda done, _: update(done, 0),
+        )
+    dtype_name = config.dtype if dtype == "auto" else dtype
+    return LoadedModel(config, weights, tokenizer, defaults, dtype_name, quant is not None and quant.kv_cache_fp8)

@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One typed wrapper per op; shapes are stated here, once.
+
+The schemas live in csrc/ops/library.cpp, the CPU kernels in reference.py, the CUDA kernels in csrc/. Dimension
+letters: T tokens of the step, S sequences, E hidden size, H query heads, K KV heads, D head size, F FFN width,
+V vocabulary, P pages, B tokens per page. Every op writes into given outputs, so that it can be captured in a
+CUDA graph; a wrapper allocates the output when none is given.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from nemotron_fast import reference  # registers the CPU kernels
+
+_ops = torch.ops.nemotron_fast
+
+
+def embed(ids: Tensor, weight: Tensor, *, out: Tensor | None = None) -> Tensor:
+    """out [T, E] = weight[ids]; weight [V, E], ids [T] int64; an id outside [0, V) gives zeros."""
+    if out is None:
+        out = weight.new_empty(ids.shape[0], weight.shape[1])
+    _ops.embed.default(out, ids, weight)
+    return out
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, *, out: Tensor | None = None) -> Tensor:
+    """out [T, E] = x / sqrt(mean(x^2) + eps) * weight; x [T, E], weight [E]."""
+    if out is None:
+        out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    _ops.rms_norm.default(out, x, weight, eps)
+    return out
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float, *, out: Tensor | None = None) -> Tensor:
+    """residual [T, E] += x [T, E] in place; out [T, E] = rms_norm(residual)."""
+    if out is None:
+        out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    _ops.add_rms_norm.default(out, residual, x, weight, eps)
+    return out
+
+
+def quantize_fp8(x: Tensor, scale: Tensor, *, out: Tensor | None = None) -> Tensor:
+    """out [T, X] e4m3 = x / scale, saturating; scale [1] float32."""
+    if out is None:
+        out = torch.empty(x.shape, dtype=reference.FP8, device=x.device)
+    _ops.quantize_fp8.default(out, x, scale)
+    return out
+
+
+def quantize_fp8_per_token(
+    x: Tensor, *, out: Tensor | None = None, scale: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """(out [T, X] e4m3, scale [T] float32): each row divided by its own max|x| / 448."""
+    if out is None:
+        out = torch.empty(x.shape, dtype=reference.FP8, device=x.device)
+    if scale is None:
+        scale = torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
+    _ops.quantize_fp8_per_token.default(out, scale, x)
+    return out, scale
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    *,
+    out_dtype: torch.dtype | None = None,
+    x_scale: Tensor | None = None,
+    weight_scale: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """out [T, N] = x [T, K] @ weight [N, K]^T, in x's type unless `out_dtype` says otherwise.
+
+    FP8 (both operands e4m3) needs x_scale ([1] or [T]), weight_scale ([1] or [N]) and `out_dtype`.
+    """
+    if out is None:
+        out = torch.empty(x.shape[0], weight.shape[0], dtype=out_dtype or x.dtype, device=x.device)
+    _ops.linear.default(out, x, weight, x_scale, weight_scale)
+    return out
+
+
+def silu_mul(gate_up: Tensor, *, out: Tensor | None = None) -> Tensor:
+    """out [T, F] = silu(gate) * up; gate_up [T, 2F] holds gate, then up."""
+    if out is None:
+        out = gate_up.new_empty(gate_up.shape[0], gate_up.shape[1] // 2)
+    _ops.silu_mul.default(out, gate_up)
+    return out
+
+
+def rope_append(
+    qkv: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    cos_sin: Tensor,
+    positions: Tensor,
+    slots: Tensor,
+    *,
+    k_scale: float = 1.0,
+    v_scale: float = 1.0,
+) -> None:
+    """Rotate q and k of qkv [T, (H + 2K) D] in place and append k and v to the caches [P, K, B, D].
+
+    cos_sin [positions, D] float32 (cos, then sin); positions [T] int64; slots [T] int64 = page * B + offset.
+    """
+    _ops.rope_append.default(qkv, k_cache, v_cache, cos_sin, positions, slots, k_scale, v_scale)
+
+
+def attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    page_table: Tensor,
+    q_start: Tensor,
+    kv_len: Tensor,
+    *,
+    softmax_scale: float,
+    k_scale: float = 1.0,
+    v_scale: float = 1.0,
+    out: Tensor | None = None,
+) -> Tensor:
+    """out [T, H, D]: causal attention of q [T, H, D] over the caches [P, K, B, D].
+
+    page_table [S, pages] int64, q_start [S + 1] int64, kv_len [S] int64: sequence s owns queries
+    q_start[s]..q_start[s+1]-1, which are the last of its kv_len[s] cached tokens.
+    """
+    if out is None:
+        out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    _ops.attention.default(out, q, k_cache, v_cache, page_table, q_start, kv_len, softmax_scale, k_scale, v_scale)
+    return out
+
+
+def penalize(
+    logits: Tensor, output_counts: Tensor, in_prompt: Tensor, presence: Tensor, frequency: Tensor, repetition: Tensor
+) -> None:
+    """Apply penalties to logits [S, V] float32 in place.
+
+    output_counts [S, V] int32, in_prompt [S, V] bool, the three penalties [S] float32.
+    """
+    _ops.penalize.default(logits, output_counts, in_prompt, presence, frequency, repetition)
+
+
+def sample(
+    logits: Tensor,
+    temperature: Tensor,
+    top_k: Tensor,
+    top_p: Tensor,
+    min_p: Tensor,
+    seed: Tensor,
+    step: Tensor,
+    *,
+    out: Tensor | None = None,
+) -> Tensor:
+    """out [S] int64: one token per row of logits [S, V] float32.
+
+    temperature, top_p, min_p [S] float32; top_k [S] int32 (0 = off); seed, step [S] int64.
+    """
+    if out is None:
+        out = torch.empty(logits.shape[0], dtype=torch.int64, device=logits.device)
+    _ops.sample.default(out, logits, temperature, top_k, top_p, min_p, seed, step)
+    return out
+
+
+def top_logprobs(logits: Tensor, tokens: Tensor, num_top: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(logprob [S], rank [S] int64, top values [S, num_top], top ids [S, num_top] int64) of logits [S, V] float32."""
+    size, device = logits.shape[0], logits.device
+    chosen = torch.empty(size, dtype=torch.float32, device=device)
+    rank = torch.empty(size, dtype=torch.int64, device=device)
+    values = torch.empty(size, num_top, dtype=torch.float32, device=device)
+    ids = torch.empty(size, num_top, dtype=torch.int64, device=device)
+    _ops.top_logprobs.default(chosen, rank, values, ids, logits, tokens)
+    return chosen, rank, values, ids

@@ -1,0 +1,275 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every op in plain torch: the oracle for the kernels, and the CPU backend.
+
+A function here takes the op's inputs and returns its output, or changes in place exactly the arguments that
+the op's schema marks. Importing this module registers all of them as the CPU kernels. Math is in FP32 (FP64
+for FP64 input); the result is rounded once to the output's type unless a docstring says otherwise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from nemotron_fast import _C  # noqa: F401  (defines the schemas)
+
+FP8 = torch.float8_e4m3fn
+FP8_MAX = 448.0  # largest finite e4m3
+MIN_SCALE = 1e-12  # of a dynamic scale, so that an all-zero row divides by something
+
+
+def embed(ids_T: Tensor, weight_VE: Tensor) -> Tensor:
+    """Rows of the table; an id outside it (another rank's) gives a row of zeros."""
+    inside = (ids_T >= 0) & (ids_T < weight_VE.shape[0])
+    if bool(inside.all()):
+        return weight_VE[ids_T]
+    return torch.where(inside[:, None], weight_VE[ids_T.clamp(0, weight_VE.shape[0] - 1)], 0)
+
+
+def rms_norm(x_TE: Tensor, weight_E: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x^2) + eps), rounded to x's type, then times weight and rounded again (as Llama does)."""
+    wide = _wide(x_TE)
+    scaled = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return weight_E * scaled.to(x_TE.dtype)
+
+
+def add_rms_norm(residual_TE: Tensor, x_TE: Tensor, weight_E: Tensor, eps: float) -> Tensor:
+    """residual += x in place, then rms_norm of it."""
+    residual_TE += x_TE
+    return rms_norm(residual_TE, weight_E, eps)
+
+
+def quantize_fp8(x_TX: Tensor, scale_1: Tensor) -> Tensor:
+    """round_e4m3(x / scale), saturating."""
+    return (_wide(x_TX) / scale_1).clamp(-FP8_MAX, FP8_MAX).to(FP8)
+
+
+def quantize_fp8_per_token(x_TX: Tensor) -> tuple[Tensor, Tensor]:
+    """The quantised rows [T, X] and their scales [T] = max|x| / 448."""
+    scale_T = (_wide(x_TX).abs().amax(-1) / FP8_MAX).clamp(min=MIN_SCALE).float()
+    return quantize_fp8(x_TX, scale_T[:, None]), scale_T
+
+
+def linear(x_TK: Tensor, weight_NK: Tensor, x_scale: Tensor | None, weight_scale: Tensor | None) -> Tensor:
+    """x @ weight^T, [T, N]; for FP8 operands in FP32 and times their scales ([1] or one per row)."""
+    if weight_NK.dtype != FP8:
+        return functional.linear(x_TK, weight_NK)
+    return functional.linear(x_TK.float(), weight_NK.float()) * x_scale.reshape(-1, 1) * weight_scale
+
+
+def silu_mul(gate_up_TX: Tensor) -> Tensor:
+    """silu(gate) * up, [T, F], of rows that hold gate then up."""
+    gate_TF, up_TF = _wide(gate_up_TX).chunk(2, dim=-1)
+    return functional.silu(gate_TF) * up_TF
+
+
+def rope_append(
+    qkv_TX: Tensor,
+    k_cache_PKBD: Tensor,
+    v_cache_PKBD: Tensor,
+    cos_sin_SD: Tensor,
+    positions_T: Tensor,
+    slots_T: Tensor,
+    k_scale: float,
+    v_scale: float,
+) -> None:
+    """Rotate q and k inside qkv (half-split RoPE), and write k and v to their slots (page * page size + offset).
+
+    Row p of cos_sin holds cos then sin, D/2 each, of position p. A cache of FP8 stores x / scale, saturating.
+    """
+    _, num_kv, page_size, dim = k_cache_PKBD.shape
+    heads_TXD = qkv_TX.view(qkv_TX.shape[0], -1, dim)
+    rotated = heads_TXD[:, :-num_kv]  # q and k
+    cos, sin = cos_sin_SD[positions_T].unsqueeze(1).chunk(2, dim=-1)
+    low, high = _wide(rotated).chunk(2, dim=-1)
+    rotated.copy_(torch.cat((low * cos - high * sin, high * cos + low * sin), dim=-1))
+    page, offset = slots_T // page_size, slots_T % page_size
+    for cache, new, scale in (
+        (k_cache_PKBD, heads_TXD[:, -2 * num_kv : -num_kv], k_scale),
+        (v_cache_PKBD, heads_TXD[:, -num_kv:], v_scale),
+    ):
+        if cache.dtype == FP8:  # indexed stores are not implemented for FP8: store its bytes
+            stored = (_wide(new) / scale).clamp(-FP8_MAX, FP8_MAX).to(FP8)
+            cache.view(torch.uint8)[page, :, offset] = stored.view(torch.uint8)
+        else:
+            cache[page, :, offset] = new.to(cache.dtype)
+
+
+def attention(
+    q_THD: Tensor,
+    k_cache_PKBD: Tensor,
+    v_cache_PKBD: Tensor,
+    page_table_SP: Tensor,
+    q_start_S: Tensor,
+    kv_len_S: Tensor,
+    softmax_scale: float,
+    k_scale: float,
+    v_scale: float,
+) -> Tensor:
+    """Causal attention over paged KV, variable lengths, grouped heads.
+
+    Sequence s owns the queries q_start[s]..q_start[s+1]-1; they are the last of its kv_len[s] tokens.
+    """
+    out_THD = torch.empty_like(q_THD, memory_format=torch.contiguous_format)
+    page_size = k_cache_PKBD.shape[2]
+    starts, lengths = q_start_S.tolist(), kv_len_S.tolist()
+    for s, length in enumerate(lengths):
+        rows = slice(starts[s], starts[s + 1])
+        pages = page_table_SP[s, : -(-length // page_size)]
+        k_KSD = _gather(k_cache_PKBD, pages, length, k_scale)
+        v_KSD = _gather(v_cache_PKBD, pages, length, v_scale)
+        q_HND = _wide(q_THD[rows]).transpose(0, 1)
+        num_new = q_HND.shape[1]
+        mask = None
+        if num_new > 1:
+            mask = torch.ones(num_new, length, dtype=torch.bool).tril(length - num_new)
+        o_HND = functional.scaled_dot_product_attention(
+            q_HND[None],
+            k_KSD[None].to(q_HND.dtype),
+            v_KSD[None].to(q_HND.dtype),
+            mask,
+            scale=softmax_scale,
+            enable_gqa=True,
+        )[0]
+        out_THD[rows] = o_HND.transpose(0, 1).to(out_THD.dtype)
+    return out_THD
+
+
+def penalize(
+    logits_SV: Tensor,
+    counts_SV: Tensor,
+    in_prompt_SV: Tensor,
+    presence_S: Tensor,
+    frequency_S: Tensor,
+    repetition_S: Tensor,
+) -> None:
+    """Apply the three penalties in place, in the order repetition, frequency, presence.
+
+    Repetition divides a positive logit (and multiplies a negative one) of every token seen in prompt or output;
+    frequency subtracts per occurrence in the output, presence once for any.
+    """
+    seen = (counts_SV > 0) | in_prompt_SV
+    factor = torch.where(seen, repetition_S[:, None], 1.0)
+    logits_SV.copy_(torch.where(logits_SV > 0, logits_SV / factor, logits_SV * factor))
+    logits_SV -= frequency_S[:, None] * counts_SV
+    logits_SV -= presence_S[:, None] * (counts_SV > 0)
+
+
+def sample(
+    logits_SV: Tensor,
+    temperature_S: Tensor,
+    top_k_S: Tensor,
+    top_p_S: Tensor,
+    min_p_S: Tensor,
+    seed_S: Tensor,
+    step_S: Tensor,
+) -> Tensor:
+    """One token per row, [S] int64. Temperature 0 takes the largest logit (the lowest id among equals).
+
+    Otherwise logits are divided by the temperature and kept where they reach three thresholds: the top_k-th
+    largest (0 = off); the smallest of the fewest tokens whose probabilities, renormalised over those kept so
+    far, sum to top_p; and min_p times the largest probability. Equal logits are kept or dropped together. The
+    choice is argmax(p / e) with exponential noise e that depends on (seed, step, token id) alone, so it does
+    not depend on the batch or on the order of reduction (the exponential-race form of the Gumbel-max trick).
+    """
+    greedy_S = logits_SV.argmax(-1)
+    if not bool(temperature_S.any()):
+        return greedy_S
+    scaled_SV = logits_SV / torch.where(temperature_S > 0, temperature_S, 1.0)[:, None]
+    ordered_SV = scaled_SV.sort(-1, descending=True).values
+    size = logits_SV.shape[1]
+    last_S = torch.where(top_k_S > 0, top_k_S.clamp(max=size), size).long() - 1
+    threshold_S = ordered_SV.gather(1, last_S[:, None])
+    p_SV = torch.where(ordered_SV >= threshold_S, ordered_SV, -torch.inf).softmax(-1)
+    before_SV = p_SV.cumsum(-1) - p_SV  # probability of all tokens ahead of this one
+    num_kept_S = ((before_SV < top_p_S[:, None]) & (p_SV > 0)).sum(-1).clamp(min=1)
+    threshold_S = torch.maximum(threshold_S, ordered_SV.gather(1, num_kept_S[:, None] - 1))
+    threshold_S = torch.maximum(threshold_S, ordered_SV[:, :1] + min_p_S[:, None].log())
+    kept_SV = torch.where(scaled_SV >= threshold_S, scaled_SV, -torch.inf)
+    noise_SV = _exponential_noise(seed_S, step_S, size)
+    return torch.where(temperature_S > 0, (kept_SV - noise_SV.log()).argmax(-1), greedy_S)
+
+
+def top_logprobs(logits_SV: Tensor, tokens_S: Tensor, num_top: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Of log_softmax(logits): the tokens' values and ranks (1 = largest) [S], the largest values and ids [S, N]."""
+    logprobs_SV = logits_SV.log_softmax(-1)
+    chosen_S = logprobs_SV.gather(1, tokens_S[:, None])
+    rank_S = 1 + (logprobs_SV > chosen_S).sum(-1)
+    values_SN, ids_SN = logprobs_SV.topk(num_top, dim=-1)
+    return chosen_S[:, 0], rank_S, values_SN, ids_SN
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _gather(cache_PKBD: Tensor, pages: Tensor, length: int, scale: float) -> Tensor:
+    """The first `length` tokens of a page list as [K, length, D]; FP8 is multiplied by its scale."""
+    if cache_PKBD.dtype == FP8:
+        picked = cache_PKBD.view(torch.uint8)[pages].view(FP8).float() * scale
+    else:
+        picked = cache_PKBD[pages]
+    return picked.transpose(0, 1).flatten(1, 2)[:, :length]
+
+
+def _exponential_noise(seed_S: Tensor, step_S: Tensor, size: int) -> Tensor:
+    """Exponential(1) noise [S, size] from a counter-based hash (the SplitMix64 finaliser, applied in turn to
+    the seed, the step and the token id), 24 random bits each."""
+    key_S = _mix(_mix(seed_S.long()) + step_S.long())
+    bits_SV = _mix(key_S[:, None] + torch.arange(size, device=seed_S.device))
+    uniform = (((bits_SV >> 40) & 0xFFFFFF).float() + 0.5) / (1 << 24)
+    return -uniform.log()
+
+
+def _mix(x: Tensor) -> Tensor:
+    """SplitMix64: add the golden-ratio increment, then xor-shift-multiply twice (arithmetic modulo 2^64)."""
+    x = x + (0x9E3779B97F4A7C15 - (1 << 64))
+    x = (x ^ ((x >> 30) & ((1 << 34) - 1))) * (0xBF58476D1CE4E5B9 - (1 << 64))
+    x = (x ^ ((x >> 27) & ((1 << 37) - 1))) * (0x94D049BB133111EB - (1 << 64))
+    return x ^ ((x >> 31) & ((1 << 33) - 1))
+
+
+def _returns(function: Callable[..., Any]) -> Callable[..., None]:
+    """The op form of a reference that returns what the op writes to its first argument."""
+
+    def kernel(out: Tensor, *args: Any) -> None:
+        out.copy_(function(*args))
+
+    return kernel
+
+
+def _add_rms_norm_op(out: Tensor, residual: Tensor, x: Tensor, weight: Tensor, eps: float) -> None:
+    out.copy_(add_rms_norm(residual, x, weight, eps))
+
+
+def _quantize_fp8_per_token_op(out: Tensor, scale: Tensor, x: Tensor) -> None:
+    values, scales = quantize_fp8_per_token(x)
+    out.copy_(values)
+    scale.copy_(scales)
+
+
+def _top_logprobs_op(
+    chosen: Tensor, rank: Tensor, top_values: Tensor, top_ids: Tensor, logits: Tensor, tokens: Tensor
+) -> None:
+    results = top_logprobs(logits, tokens, top_values.shape[1])
+    for out, result in zip((chosen, rank, top_values, top_ids), results, strict=True):
+        out.copy_(result)
+
+
+_KERNELS = {f.__name__: _returns(f) for f in (embed, rms_norm, quantize_fp8, linear, silu_mul, attention, sample)} | {
+    "add_rms_norm": _add_rms_norm_op,
+    "quantize_fp8_per_token": _quantize_fp8_per_token_op,
+    "rope_append": rope_append,
+    "penalize": penalize,
+    "top_logprobs": _top_logprobs_op,
+}
+OP_NAMES = tuple(_KERNELS)
+
+_library = torch.library.Library("nemotron_fast", "IMPL")
+for _name, _kernel in _KERNELS.items():
+    _library.impl(_name, _kernel, "CPU")
+    _library.impl(_name, lambda *_: None, "Meta")  # outputs are given, so shapes need no inference

@@ -1,0 +1,207 @@
+# SPDX-License-Identifier: Apache-2.0
+"""generate, chat, quantize and doctor with the demo model; `generate` as a user runs it, in processes of its own."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from nemotron_fast.cli import selftest, streaming
+from nemotron_fast.cli.main import main
+
+PROMPT = "ROMEO.\nO, my love,"
+FAST = ("--model", "demo", "--device", "cpu", "--max-tokens", "8", "--temperature", "0")
+
+
+def process(*argv: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "nemotron_fast", *argv], input=stdin, capture_output=True, text=True, timeout=120
+    )
+
+
+def generated(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+    assert main(["generate", *FAST, *argv]) == 0
+    return capsys.readouterr().out
+
+
+def feed_stdin(monkeypatch: pytest.MonkeyPatch, text: str | bytes) -> None:
+    raw = text if isinstance(text, bytes) else text.encode()
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(raw), encoding="utf-8"))
+
+
+def test_the_same_greedy_text_in_two_processes() -> None:
+    first = process("generate", *FAST, "--prompt", PROMPT)
+    second = process("generate", *FAST, "--prompt-file", "-", "--no-stream", stdin=PROMPT + "\n")
+    assert first.returncode == second.returncode == 0, first.stderr + second.stderr
+    assert first.stdout == second.stdout == " I will not, I will not,\n"
+    assert "12 prompt tokens, 8 generated" in first.stderr.splitlines()[-1]
+
+
+def test_json(capsys: pytest.CaptureFixture[str]) -> None:
+    report = json.loads(generated(capsys, "--prompt", PROMPT, "--prompt", "KING.", "--n", "2", "--json"))
+    assert report["model"] == "demo"
+    assert [len(r["outputs"]) for r in report["results"]] == [2, 2]
+    result = report["results"][0]
+    assert result["prompt"] == PROMPT
+    assert result["outputs"][0]["text"].startswith(" I will not")
+    assert result["usage"] == {"prompt_tokens": 12, "completion_tokens": 16, "total_tokens": 28}
+    assert result["timings"]["total_s"] > 0
+
+
+def test_several_texts_are_told_apart(capsys: pytest.CaptureFixture[str]) -> None:
+    text = generated(capsys, "--prompt", PROMPT, "--prompt", "KING.")
+    assert text.startswith("--- 1 ---\n I will not")
+    assert "\n--- 2 ---\n" in text
+
+
+def test_echo_and_stop(capsys: pytest.CaptureFixture[str]) -> None:
+    text = generated(capsys, "--prompt", PROMPT, "--echo", "--stop", "not")
+    assert text == PROMPT + " I will \n"
+
+
+def test_seed_decides_a_random_text(capsys: pytest.CaptureFixture[str]) -> None:
+    random = ("--prompt", PROMPT, "--temperature", "1")
+    assert generated(capsys, *random, "--seed", "1") == generated(capsys, *random, "--seed", "1")
+    assert generated(capsys, *random, "--seed", "1") != generated(capsys, *random, "--seed", "2")
+
+
+def test_chat_flag_renders_the_template(capsys: pytest.CaptureFixture[str]) -> None:
+    report = json.loads(generated(capsys, "--chat", "--prompt", "hi", "--json"))
+    assert "hi" in report["results"][0]["prompt"] != "hi"
+
+
+@pytest.mark.parametrize(
+    ("argv", "code", "text"),
+    [
+        (("--prompt", "word " * 3000), (2, 5), "context"),
+        (("--prompt", PROMPT, "--max-tokens", "-1"), (2,), "max_tokens=-1"),
+        (("--prompt", PROMPT, "--temperature", "nan"), (2,), "temperature"),
+        (("--prompt", ""), (2,), "empty"),
+        ((), (2,), "no prompt"),
+        (("--prompt", "a", "--model", "no-such-model"), (4,), "no-such-model"),
+        (("--prompt", "a", "--thinking", "on"), (2,), "--chat"),
+        (("--prompt", "a", "--stream", "--json"), (2,), "--stream"),
+        (("--prompt", "a", "--max-model-len", "100000"), (2, 5), "max_model_len=100000"),
+        (("--prompt-file", "no-such-file"), (2,), "no-such-file"),
+        (("--prompt", "a", "--device", "tpu"), (2,), "--device"),
+        (("--prompt", "\udcff"), (2,), "UTF-8"),
+    ],
+)
+def test_errors(capsys: pytest.CaptureFixture[str], argv: tuple[str, ...], code: tuple[int, ...], text: str) -> None:
+    assert main(["generate", *FAST, *argv]) in code
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.splitlines()[-1].startswith("error: ")
+    assert text in err.splitlines()[-1]
+
+
+def test_stdin_that_is_not_utf8(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    feed_stdin(monkeypatch, b"\xff\xfe")
+    assert main(["generate", *FAST, "--prompt", "-"]) == 2
+    assert "not UTF-8" in capsys.readouterr().err
+
+
+def test_chat_from_a_pipe(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    feed_stdin(monkeypatch, "Hello\n\n/reset\nHello\n/nonsense\n/thinking maybe\n/help\n/exit\nnot read\n")
+    assert main(["chat", *FAST]) == 0
+    out, err = capsys.readouterr()
+    answers = out[: out.index("/system TEXT")]  # /help came last
+    half = len(answers) // 2
+    assert answers[:half] == answers[half:] != ""  # after /reset the conversation began anew
+    assert err.count("8 generated") == 2
+    assert "/nonsense is not a command" in err
+    assert "/thinking takes" in err
+
+
+def test_chat_remembers(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    feed_stdin(monkeypatch, "Hello\nHello\n")
+    assert main(["chat", *FAST]) == 0
+    prompts = [int(line.split()[0]) for line in capsys.readouterr().err.splitlines() if "prompt tokens" in line]
+    assert len(prompts) == 2
+    assert prompts[1] > prompts[0]
+
+
+def test_chat_from_a_pipe_ends_at_the_first_error(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    feed_stdin(monkeypatch, "/thinking on\nHello\n")  # the demo has no such switch
+    assert main(["chat", *FAST]) == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith("error: ")
+
+
+def test_quantize(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    target = tmp_path / "fp8"
+    assert main(["quantize", "demo", str(target)]) == 0
+    assert "written to" in capsys.readouterr().err
+    assert main(["inspect", str(target), "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["quantization"] is not None
+    assert report["weight_bytes"] == report["weight_bytes_as"]["fp8"]
+    assert main(["quantize", "demo", str(target)]) == 4
+    assert "not an empty folder" in capsys.readouterr().err
+
+
+def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["ok"] is True
+    assert report["versions"]["torch"]
+    assert {c["name"]: c["passed"] for c in report["checks"]}["demo model, cpu"] is True
+
+
+def test_doctor_without_the_extension(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "nemotron_fast._C", None)
+    monkeypatch.delattr("nemotron_fast._C")
+    assert main(["doctor"]) == 6
+    out, err = capsys.readouterr()
+    assert "not built" in out
+    assert "extension" in err.splitlines()[-1]
+
+
+def test_doctor_finds_wrong_numbers(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    from nemotron_fast import ops
+
+    monkeypatch.setattr(ops, "rms_norm", lambda x, w, eps: x)
+    monkeypatch.setattr(selftest, "_check_demo", lambda device: "")
+    assert main(["doctor"]) == 6
+    assert "op rms_norm, cpu: relative error" in capsys.readouterr().err.splitlines()[-1]
+
+
+def delta(reasoning: str = "", content: str = "") -> SimpleNamespace:
+    return SimpleNamespace(reasoning=reasoning, content=content)
+
+
+def test_reasoning_goes_to_stderr_where_stdout_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    writer = streaming.Writer()
+    for piece in (delta("hm"), delta("m"), delta(content="four")):
+        writer.write(piece)
+    writer.finish()
+    assert capsys.readouterr() == ("four\n", "hmm\n")
+
+
+def test_reasoning_is_dim_on_a_terminal(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    writer = streaming.Writer()
+    for piece in (delta("hm"), delta("m"), delta(content="four")):
+        writer.write(piece)
+    writer.finish()
+    assert capsys.readouterr().out == f"{streaming.DIM}hmm{streaming.PLAIN}\nfour\n"
+
+
+def test_first_interrupt_is_noted_and_the_second_raises() -> None:
+    import signal
+
+    before = signal.getsignal(signal.SIGINT)
+    with streaming.interruptible() as interrupted:
+        assert not interrupted()
+        signal.raise_signal(signal.SIGINT)
+        assert interrupted()
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is before

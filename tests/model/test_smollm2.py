@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""SmolLM2-135M-Instruct, a real model from a public package: the same tokens as `transformers`, as fast."""
+
+import statistics
+import time
+
+import pytest
+import torch
+from smollm2 import smollm2_folder
+
+from nemotron_fast import LLM, SamplingParams
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
+
+PROMPTS = [
+    "The capital of France is",
+    "Once upon a time, in a small village by the sea,",
+    "def fibonacci(n):\n",
+    "The three laws of thermodynamics are",
+    "Water boils at",
+    "In 1969, the first humans",
+    "A recipe for pancakes: mix flour,",
+    "The quick brown fox",
+    "Photosynthesis is the process by which",
+    "import numpy as np\n\ndef softmax(x):",
+    "Shakespeare wrote",
+    "To sort a list in Python, you can",
+    "The largest planet in the solar system is",
+    "Dear Sir or Madam,\n\nI am writing to",
+    "1, 1, 2, 3, 5, 8,",
+    "The difference between a virus and a bacterium is",
+    "Q: What is the boiling point of nitrogen?\nA:",
+    "Il était une fois",
+    "<html>\n<head>\n<title>",
+    "Three reasons to learn to play the piano are:",
+]
+NUM_TOKENS = 64
+
+
+@pytest.fixture(scope="module")
+def folder():
+    return smollm2_folder()
+
+
+@pytest.fixture(scope="module")
+def llm(folder):
+    with LLM(str(folder), device="cpu", max_model_len=512) as llm:
+        yield llm
+
+
+@pytest.fixture(scope="module")
+def peer(folder):
+    import transformers
+
+    return transformers.LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def peer_greedy(peer, ids: list[int], n: int) -> list[int]:
+    with torch.inference_mode():
+        out = peer.generate(
+            torch.tensor([ids]),
+            attention_mask=torch.ones(1, len(ids)),
+            max_new_tokens=n,
+            min_new_tokens=n,
+            do_sample=False,
+        )
+    return out[0, len(ids) :].tolist()
+
+
+def test_greedy_tokens_equal_transformers(llm, peer):
+    params = SamplingParams(max_tokens=NUM_TOKENS, temperature=0, ignore_eos=True, logprobs=2)
+    for prompt, result in zip(PROMPTS, llm.generate(PROMPTS, params), strict=True):
+        # min_new_tokens forbids the end of sequence there: compare up to where it was chosen here
+        found = result.outputs[0].token_ids
+        if llm.config.eos_token_ids[0] in found:
+            found = found[: found.index(llm.config.eos_token_ids[0])]
+        want = peer_greedy(peer, result.prompt_token_ids, NUM_TOKENS)[: len(found)]
+        assert found == want, prompt
+        assert len(found) >= 8, "too short to show anything"
+
+
+def test_logits_equal_transformers(llm, peer):
+    ids = llm.tokenizer.encode(" ".join(PROMPTS))[:400]
+    params = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0)
+    reported = llm.generate(ids, params)[0].prompt_logprobs
+    with torch.inference_mode():
+        want = peer(torch.tensor([ids])).logits[0].double().log_softmax(-1)
+    for position, entry in enumerate(reported[1:], start=1):
+        assert entry.logprob == pytest.approx(want[position - 1, ids[position]].item(), abs=2e-3)
+
+
+def test_chat_template_answers_correctly(llm, folder):
+    import transformers
+
+    messages = [{"role": "user", "content": "Complete this sentence: The capital of France is"}]
+    result = llm.chat(messages, SamplingParams(max_tokens=24, temperature=0))[0]
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    want = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True)[
+        "input_ids"
+    ]
+    assert result.prompt_token_ids == want
+    assert "Paris" in result.text
+    assert result.outputs[0].finish_reason == "stop" and "<|im_end|>" not in result.text
+
+
+def test_decode_is_about_as_fast_as_transformers(llm, peer):
+    """Tokens per second of decoding one sequence, medians of interleaved runs with the same threads."""
+    ids = llm.tokenizer.encode(PROMPTS[1])
+    params = SamplingParams(max_tokens=NUM_TOKENS, temperature=0, ignore_eos=True)
+
+    def timed(run) -> float:
+        start = time.perf_counter()
+        run()
+        return time.perf_counter() - start
+
+    pairs = []
+    for i in range(6):
+        ours = timed(lambda: llm.generate(ids, params))
+        theirs = timed(lambda: peer_greedy(peer, ids, NUM_TOKENS))
+        if i:  # the first pair warms up
+            pairs.append((ours, theirs))
+    ratio = statistics.median(theirs / ours for ours, theirs in pairs)
+    print(f"{NUM_TOKENS / statistics.median(o for o, _ in pairs):.1f} tokens/s, {ratio:.2f} x transformers")
+    assert ratio >= 0.7
