@@ -73,7 +73,7 @@ def extension(cuda_home: Path | None) -> cpp.CppExtension:
     if cuda_home is not None:
         cpp.CUDA_HOME = str(cuda_home)  # CPU-only torch leaves it None even where a toolkit is installed
         include_dirs += [str(cuda_home / "include")]
-        library_dirs += [str(cuda_home / "lib64")]
+        library_dirs += [str(cuda_home / folder) for folder in ("lib64", "lib")]  # toolkit installer, pip wheel
         cxx += ["-DNF_WITH_CUDA", f'-DNF_CUDA_ARCHS="{CUDA_ARCHS.replace(";", ",")}"']
         nvcc = [*read_list("csrc/NVCC_FLAGS"), *map(gencode, CUDA_ARCHS.split(";"))]
         link += [

@@ -137,15 +137,25 @@ def greedy(config: dict, weights: dict[str, Tensor], prompt_ids: list[int], n: i
     ids = list(prompt_ids)
     for _ in range(n):
         ids.append(int(forward(config, double, ids)[-1].argmax()))
-    return ids[len(prompt_ids):]
+    return ids[len(prompt_ids) :]
 
 
 # ---- random checkpoints
 
-LLAMA3_ROPE = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-               "original_max_position_embeddings": 64}
-UNUSED_ATTENTION_KEYS = {"num_sink_tokens": None, "sparsify": None, "unshifted_sink": False,
-                         "use_prefill_window_in_sink_attention": False, "window_length": None}
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+UNUSED_ATTENTION_KEYS = {
+    "num_sink_tokens": None,
+    "sparsify": None,
+    "unshifted_sink": False,
+    "use_prefill_window_in_sink_attention": False,
+    "window_length": None,
+}
 
 
 def random_blocks(rng: random.Random, heads: int) -> list[tuple]:
@@ -157,10 +167,16 @@ def random_blocks(rng: random.Random, heads: int) -> list[tuple]:
 
 def block_config(mixer: int | str | None, ffn: int | float | str | None, heads: int, verbose: bool) -> dict:
     """`mixer`: KV heads, "linear", None; `ffn`: intermediate_size (int), ffn_mult (float), "linear", None."""
-    attention = {"n_heads_in_group": heads // mixer if isinstance(mixer, int) else None,
-                 "no_op": mixer is None, "replace_with_linear": mixer == "linear"}
-    width = {"intermediate_size": ffn, "hidden_act": "silu"} if isinstance(ffn, int) else {
-        "ffn_mult": ffn if isinstance(ffn, float) else None}
+    attention = {
+        "n_heads_in_group": heads // mixer if isinstance(mixer, int) else None,
+        "no_op": mixer is None,
+        "replace_with_linear": mixer == "linear",
+    }
+    width = (
+        {"intermediate_size": ffn, "hidden_act": "silu"}
+        if isinstance(ffn, int)
+        else {"ffn_mult": ffn if isinstance(ffn, float) else None}
+    )
     mlp = {**width, "no_op": ffn is None, "replace_with_linear": ffn == "linear"}
     if verbose:  # the keys that the released configs carry, at their neutral values
         attention, mlp = {**attention, **UNUSED_ATTENTION_KEYS}, {**mlp, "sparsify": None}
@@ -179,8 +195,12 @@ def parameter_shapes(config: dict) -> dict[str, tuple[int, ...]]:
             names["self_attn.linear_attn"] = (E, E)
         elif mixer is not None:
             kv = (mixer * D, E)
-            names |= {"self_attn.q_proj": (H * D, E), "self_attn.k_proj": kv, "self_attn.v_proj": kv,
-                      "self_attn.o_proj": (E, H * D)}
+            names |= {
+                "self_attn.q_proj": (H * D, E),
+                "self_attn.k_proj": kv,
+                "self_attn.v_proj": kv,
+                "self_attn.o_proj": (E, H * D),
+            }
         if ffn is not None:
             names["post_attention_layernorm"] = (E,)
         if ffn == "linear":
@@ -205,11 +225,23 @@ def random_weight(name: str, shape: tuple[int, ...], generator: torch.Generator)
     return x * next((g for part, g in gain.items() if part in name), 1.0) / math.sqrt(shape[1])
 
 
-def random_checkpoint(seed: int, folder: pathlib.Path, *, blocks: list[tuple] | None = None,
-                      model_type: str = "nemotron-nas", heads: int = 4, head_dim: int = 64, vocab: int = 320,
-                      dtype: torch.dtype = torch.bfloat16, shards: int = 1, tie: bool = False,
-                      rope_scaling: dict | None = LLAMA3_ROPE, rope_theta: float = 10000.0,
-                      max_positions: int = 512, **overrides: object) -> tuple[dict, dict[str, Tensor]]:
+def random_checkpoint(
+    seed: int,
+    folder: pathlib.Path,
+    *,
+    blocks: list[tuple] | None = None,
+    model_type: str = "nemotron-nas",
+    heads: int = 4,
+    head_dim: int = 64,
+    vocab: int = 320,
+    dtype: torch.dtype = torch.bfloat16,
+    shards: int = 1,
+    tie: bool = False,
+    rope_scaling: dict | None = LLAMA3_ROPE,
+    rope_theta: float = 10000.0,
+    max_positions: int = 512,
+    **overrides: object,
+) -> tuple[dict, dict[str, Tensor]]:
     """Write a checkpoint; -> (config, weights as stored).
 
     `blocks` is a list of (mixer, ffn) as in `block_config`, random when None; for model_type "llama" all
@@ -221,16 +253,28 @@ def random_checkpoint(seed: int, folder: pathlib.Path, *, blocks: list[tuple] | 
     if blocks is None:
         blocks = [(max(1, heads // 2), 384)] * rng.randint(1, 4) if llama else random_blocks(rng, heads)
     config = {
-        "architectures": ["LlamaForCausalLM" if llama else "DeciLMForCausalLM"], "model_type": model_type,
-        "attention_bias": False, "mlp_bias": False, "bos_token_id": 1, "eos_token_id": [2, 3],
-        "hidden_act": "silu", "hidden_size": heads * head_dim, "intermediate_size": None,
-        "max_position_embeddings": max_positions, "num_attention_heads": heads,
-        "num_hidden_layers": len(blocks), "num_key_value_heads": None, "rms_norm_eps": 1e-5,
-        "rope_scaling": rope_scaling and dict(rope_scaling), "rope_theta": rope_theta, "tie_word_embeddings": tie,
-        "torch_dtype": str(dtype).removeprefix("torch."), "vocab_size": vocab,
+        "architectures": ["LlamaForCausalLM" if llama else "DeciLMForCausalLM"],
+        "model_type": model_type,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "bos_token_id": 1,
+        "eos_token_id": [2, 3],
+        "hidden_act": "silu",
+        "hidden_size": heads * head_dim,
+        "intermediate_size": None,
+        "max_position_embeddings": max_positions,
+        "num_attention_heads": heads,
+        "num_hidden_layers": len(blocks),
+        "num_key_value_heads": None,
+        "rms_norm_eps": 1e-5,
+        "rope_scaling": rope_scaling and dict(rope_scaling),
+        "rope_theta": rope_theta,
+        "tie_word_embeddings": tie,
+        "torch_dtype": str(dtype).removeprefix("torch."),
+        "vocab_size": vocab,
     }
     if llama:
-        (kv_heads, width), = set(blocks)
+        ((kv_heads, width),) = set(blocks)
         config |= {"num_key_value_heads": kv_heads, "intermediate_size": width, "head_dim": head_dim}
     else:
         verbose = rng.random() < 0.5

@@ -49,7 +49,7 @@ def read_config_json(path: str | Path) -> dict[str, Any]:
         raise ConfigError(
             f"cannot read {file}: {error.strerror}; give a checkpoint folder or its config.json"
         ) from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{file} is not JSON: {error}") from None
 
 

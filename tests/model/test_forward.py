@@ -3,10 +3,9 @@
 
 import random
 
+import oracle
 import pytest
 import torch
-
-import oracle
 
 from nemotron_fast import SamplingParams
 from nemotron_fast.config import ModelConfig

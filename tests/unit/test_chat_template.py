@@ -2,16 +2,13 @@
 """Chat templates: equal to transformers where it is there, and harmless where the template is not."""
 
 import json
-import sys
 import threading
 import time
 from datetime import datetime
 from pathlib import Path
 
-import pytest
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import packages
+import pytest
 
 from nemotron_fast.chat_template import ChatTemplate, ChatTemplateError, TemplateLimits, template_sources
 from nemotron_fast.errors import RequestError

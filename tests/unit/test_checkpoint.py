@@ -5,14 +5,11 @@ import json
 import os
 import pathlib
 import pickle
-import sys
 
+import oracle
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
-import oracle
 
 from nemotron_fast.checkpoint import CHUNK_ELEMENTS, Checkpoint
 from nemotron_fast.config import ModelConfig
@@ -189,8 +186,10 @@ def test_index_and_shards_disagree(sharded):
     assert "holds tensors that the index does not list in it: model.norm.weight" in message
 
 
-@pytest.mark.parametrize("text", [
-    "", "[]", "{}", "{", '{"weight_map": {"a": 1}}', '{"weight_map": {"a": "f", "a": "f"}}', "[" * 100000, "\xff"])
+@pytest.mark.parametrize(
+    "text",
+    ["", "[]", "{}", "{", '{"weight_map": {"a": 1}}', '{"weight_map": {"a": "f", "a": "f"}}', "[" * 100000, "\xff"],
+)
 def test_broken_index(tmp_path, text):
     (tmp_path / INDEX).write_bytes(text.encode("latin-1"))
     fails("JSON|weight_map", tmp_path)

@@ -1,15 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Streamed text equals the text of all tokens, for any tokens, and never holds half a character."""
 
-import sys
-from pathlib import Path
-
+import packages
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import packages
 from test_tokenizer import tiny_backend
 
 from nemotron_fast.detokenizer import IncrementalDecoder

@@ -2,14 +2,11 @@
 """The strict inventory: all that is missing, unexpected, misshaped or of a wrong dtype, in one error."""
 
 import pathlib
-import sys
 
+import oracle
 import pytest
 import torch
 from safetensors.torch import save_file
-
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
-import oracle
 
 from nemotron_fast.checkpoint import Checkpoint
 from nemotron_fast.config import ModelConfig
@@ -69,8 +66,14 @@ def test_bias_and_unused_norms_are_refused(single):
 
 def test_rotary_tables_are_ignored(single):
     folder, config, weights = single
-    rewrite(folder, weights | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(32),
-                               "model.rotary_emb.inv_freq": torch.zeros(32)})
+    rewrite(
+        folder,
+        weights
+        | {
+            "model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(32),
+            "model.rotary_emb.inv_freq": torch.zeros(32),
+        },
+    )
     Checkpoint.open(folder).check(config)
 
 
@@ -87,8 +90,11 @@ def fp8_weights(weights: dict) -> dict:
     for name, weight in weights.items():
         if weight.ndim == 2 and "layers" in name:
             base = name.removesuffix(".weight")
-            out |= {name: weight.to(torch.float8_e4m3fn), f"{base}.weight_scale": torch.tensor(0.5),
-                    f"{base}.input_scale": torch.tensor([2.0])}
+            out |= {
+                name: weight.to(torch.float8_e4m3fn),
+                f"{base}.weight_scale": torch.tensor(0.5),
+                f"{base}.input_scale": torch.tensor([2.0]),
+            }
         else:
             out[name] = weight
     return out

@@ -5,17 +5,19 @@ import copy
 import json
 import random
 
+import oracle
 import pytest
 import torch
 from safetensors.torch import load_file
 
-import oracle
-
 transformers = pytest.importorskip("transformers")
 from transformers.models.llama import modeling_llama  # noqa: E402
 
-ROPES = {"plain": None, "llama3": oracle.LLAMA3_ROPE,
-         "llama3_other": {**oracle.LLAMA3_ROPE, "factor": 4.0, "high_freq_factor": 3.0}}
+ROPES = {
+    "plain": None,
+    "llama3": oracle.LLAMA3_ROPE,
+    "llama3_other": {**oracle.LLAMA3_ROPE, "factor": 4.0, "high_freq_factor": 3.0},
+}
 IDS = torch.randint(4, 320, (90,), generator=torch.Generator().manual_seed(0)).tolist()
 
 
@@ -31,23 +33,34 @@ def theirs(config: dict, weights: dict) -> torch.nn.Module:
 
 def in_double(monkeypatch) -> None:
     """transformers keeps norms and rotary angles in FP32 whatever the model's type; lift both to FP64."""
-    monkeypatch.setattr(modeling_llama.LlamaRMSNorm, "forward", lambda self, x: torch.nn.functional.rms_norm(
-        x, self.weight.shape, self.weight, self.variance_epsilon))
+    monkeypatch.setattr(
+        modeling_llama.LlamaRMSNorm,
+        "forward",
+        lambda self, x: torch.nn.functional.rms_norm(x, self.weight.shape, self.weight, self.variance_epsilon),
+    )
 
     def angles(self, x, position_ids):
         freqs = position_ids[..., None].double() * oracle.inverse_frequencies(self.config.oracle)
         both = torch.cat((freqs, freqs), dim=-1)
         return both.cos(), both.sin()
+
     monkeypatch.setattr(modeling_llama.LlamaRotaryEmbedding, "forward", angles)
 
 
 @pytest.mark.parametrize("rope", ROPES)
-@pytest.mark.parametrize("heads,kv_heads,head_dim,tie", [
-    (4, 2, 64, False), (4, 1, 80, True), (6, 6, 32, False)])
+@pytest.mark.parametrize("heads,kv_heads,head_dim,tie", [(4, 2, 64, False), (4, 1, 80, True), (6, 6, 32, False)])
 def test_forward_equals_transformers(tmp_path, monkeypatch, rope, heads, kv_heads, head_dim, tie):
     config, weights = oracle.random_checkpoint(
-        1, tmp_path, model_type="llama", blocks=[(kv_heads, 96)] * 3, heads=heads, head_dim=head_dim, tie=tie,
-        rope_scaling=ROPES[rope], dtype=torch.float32)
+        1,
+        tmp_path,
+        model_type="llama",
+        blocks=[(kv_heads, 96)] * 3,
+        heads=heads,
+        head_dim=head_dim,
+        tie=tie,
+        rope_scaling=ROPES[rope],
+        dtype=torch.float32,
+    )
     model = theirs(config, weights)
     ours = oracle.forward(config, weights, IDS)
     with torch.no_grad():
@@ -69,8 +82,9 @@ def test_frequencies_equal_transformers(rope):
 
 
 def test_biases_and_wide_heads_equal_transformers(tmp_path, monkeypatch):
-    config, weights = oracle.random_checkpoint(2, tmp_path, model_type="llama", blocks=[(2, 96)] * 2,
-                                               hidden_size=192, attention_bias=True, dtype=torch.float64)
+    config, weights = oracle.random_checkpoint(
+        2, tmp_path, model_type="llama", blocks=[(2, 96)] * 2, hidden_size=192, attention_bias=True, dtype=torch.float64
+    )
     for i in range(2):
         for name, rows in {"q": 256, "k": 128, "v": 128, "o": 192}.items():
             weights[f"model.layers.{i}.self_attn.{name}_proj.bias"] = torch.randn(rows, dtype=torch.float64)
@@ -98,8 +112,11 @@ def test_linear_and_absent_parts(tmp_path):
     weights["model.layers.1.self_attn.linear_attn.weight"] = eye
     weights["model.layers.2.mlp.linear_mlp.weight"] = eye
     assert sorted(n for n in weights if "layers" in n) == [
-        "model.layers.1.input_layernorm.weight", "model.layers.1.self_attn.linear_attn.weight",
-        "model.layers.2.mlp.linear_mlp.weight", "model.layers.2.post_attention_layernorm.weight"]
+        "model.layers.1.input_layernorm.weight",
+        "model.layers.1.self_attn.linear_attn.weight",
+        "model.layers.2.mlp.linear_mlp.weight",
+        "model.layers.2.post_attention_layernorm.weight",
+    ]
     x = weights["model.embed_tokens.weight"].double()[IDS]
     for norm in ("model.layers.1.input_layernorm", "model.layers.2.post_attention_layernorm"):
         x = x + torch.nn.functional.rms_norm(x, (256,), weights[f"{norm}.weight"].double(), 1e-5)
@@ -120,8 +137,14 @@ def test_random_checkpoints_are_lively(tmp_path, seed):
     """Random block lists, types and shards: files hold what is returned; logits spread, but not one-hot."""
     dtype = (torch.bfloat16, torch.float16, torch.float32)[seed % 3]
     config, weights = oracle.random_checkpoint(
-        seed, tmp_path, heads=(4, 6, 2)[seed % 3], tie=seed == 5, head_dim=(64, 80, 96, 128)[seed % 4],
-        dtype=dtype, shards=1 + seed % 3)
+        seed,
+        tmp_path,
+        heads=(4, 6, 2)[seed % 3],
+        tie=seed == 5,
+        head_dim=(64, 80, 96, 128)[seed % 4],
+        dtype=dtype,
+        shards=1 + seed % 3,
+    )
     stored = {k: v for file in tmp_path.glob("*.safetensors") for k, v in load_file(file).items()}
     assert json.loads((tmp_path / "config.json").read_text()) == config
     assert stored.keys() == weights.keys()
@@ -136,6 +159,5 @@ def test_random_checkpoints_are_lively(tmp_path, seed):
 
 
 def test_every_kind_occurs_in_random_blocks():
-    drawn = {part for seed in range(40) for block in oracle.random_blocks(random.Random(seed), 4)
-             for part in block}
+    drawn = {part for seed in range(40) for block in oracle.random_blocks(random.Random(seed), 4) for part in block}
     assert drawn >= {1, 2, 4, 256, 1.3, "linear", None}

@@ -3,17 +3,13 @@
 
 import dataclasses
 import json
-import pathlib
-import sys
 
+import oracle
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
-import oracle
 
 from nemotron_fast import quantize as module
 from nemotron_fast.config import ModelConfig
@@ -201,8 +197,10 @@ def test_full_disk(source, tmp_path, monkeypatch):
     refuses("GB free", src, tmp_path / "dst", error=CapacityError)
 
 
-@pytest.mark.parametrize("error,becomes", [(OSError(28, "No space left on device"), CheckpointError),
-                                           (KeyboardInterrupt(), KeyboardInterrupt)])
+@pytest.mark.parametrize(
+    "error,becomes",
+    [(OSError(28, "No space left on device"), CheckpointError), (KeyboardInterrupt(), KeyboardInterrupt)],
+)
 def test_interrupted(source, tmp_path, monkeypatch, error, becomes):
     src, *_ = source
     calls = []

@@ -48,31 +48,34 @@ def test_writer_is_read_by_safetensors(tmp_path):
 ENTRY = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
 
 
-@pytest.mark.parametrize("header,size,match", [
-    (b"", 0, "JSON"),
-    (b"[]", 0, "want an object"),
-    (b"{" * 100000, 0, "JSON"),
-    (b'{"a": ' * 100000, 0, "JSON"),
-    (b"\xff\xfe", 0, "JSON"),
-    (b'{"a": 1, "a": 2}', 0, "twice"),
-    ({"a": None}, 0, "exactly dtype, shape"),
-    ({"a": {**ENTRY, "extra": 1}}, 8, "exactly dtype, shape"),
-    ({"a": {**ENTRY, "dtype": "F31"}}, 8, "F31"),
-    ({"a": {**ENTRY, "dtype": ["F32"]}}, 8, "dtype"),
-    ({"a": {**ENTRY, "shape": [-2]}}, 8, "want lists of sizes"),
-    ({"a": {**ENTRY, "shape": [True, 2]}}, 8, "want lists of sizes"),
-    ({"a": {**ENTRY, "shape": [2.0]}}, 8, "want lists of sizes"),
-    ({"a": {**ENTRY, "shape": [1] * 9 + [2]}}, 8, "want lists of sizes"),
-    ({"a": {**ENTRY, "shape": [1 << 62, 1 << 62]}}, 8, "takes 8 bytes"),
-    ({"a": {**ENTRY, "shape": [1 << 70]}}, 8, "want lists of sizes"),
-    ({"a": {**ENTRY, "shape": [3]}}, 8, "takes 8 bytes, F32"),
-    ({"a": {**ENTRY, "data_offsets": [8, 0]}}, 8, "takes -8 bytes"),
-    ({"a": {**ENTRY, "data_offsets": [0, 8, 16]}}, 8, "want lists of sizes"),
-    ({"a": {**ENTRY, "data_offsets": [8, 16]}}, 16, "starts at byte 8, want 0"),
-    ({"a": ENTRY, "b": ENTRY}, 8, "overlap"),
-    ({"a": ENTRY, "b": {**ENTRY, "data_offsets": [12, 20]}}, 20, "hole"),
-    ({"a": ENTRY}, 4, "download it again"),
-])
+@pytest.mark.parametrize(
+    "header,size,match",
+    [
+        (b"", 0, "JSON"),
+        (b"[]", 0, "want an object"),
+        (b"{" * 100000, 0, "JSON"),
+        (b'{"a": ' * 100000, 0, "JSON"),
+        (b"\xff\xfe", 0, "JSON"),
+        (b'{"a": 1, "a": 2}', 0, "twice"),
+        ({"a": None}, 0, "exactly dtype, shape"),
+        ({"a": {**ENTRY, "extra": 1}}, 8, "exactly dtype, shape"),
+        ({"a": {**ENTRY, "dtype": "F31"}}, 8, "F31"),
+        ({"a": {**ENTRY, "dtype": ["F32"]}}, 8, "dtype"),
+        ({"a": {**ENTRY, "shape": [-2]}}, 8, "want lists of sizes"),
+        ({"a": {**ENTRY, "shape": [True, 2]}}, 8, "want lists of sizes"),
+        ({"a": {**ENTRY, "shape": [2.0]}}, 8, "want lists of sizes"),
+        ({"a": {**ENTRY, "shape": [1] * 9 + [2]}}, 8, "want lists of sizes"),
+        ({"a": {**ENTRY, "shape": [1 << 62, 1 << 62]}}, 8, "takes 8 bytes"),
+        ({"a": {**ENTRY, "shape": [1 << 70]}}, 8, "want lists of sizes"),
+        ({"a": {**ENTRY, "shape": [3]}}, 8, "takes 8 bytes, F32"),
+        ({"a": {**ENTRY, "data_offsets": [8, 0]}}, 8, "takes -8 bytes"),
+        ({"a": {**ENTRY, "data_offsets": [0, 8, 16]}}, 8, "want lists of sizes"),
+        ({"a": {**ENTRY, "data_offsets": [8, 16]}}, 16, "starts at byte 8, want 0"),
+        ({"a": ENTRY, "b": ENTRY}, 8, "overlap"),
+        ({"a": ENTRY, "b": {**ENTRY, "data_offsets": [12, 20]}}, 20, "hole"),
+        ({"a": ENTRY}, 4, "download it again"),
+    ],
+)
 def test_bad_headers(tmp_path, header, size, match):
     (tmp_path / "model.safetensors").write_bytes(safetensors_bytes(header, b"\0" * size))
     fails(match, tmp_path)
@@ -92,9 +95,15 @@ GOOD = safetensors_bytes({"__metadata__": {"format": "pt"}, "w": ENTRY, "e": EMP
 
 
 @settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.binary(max_size=200) | st.builds(
-    lambda cut, at, junk: (GOOD[:at] + junk + GOOD[at + len(junk):])[:cut],
-    st.integers(0, len(GOOD)), st.integers(0, len(GOOD)), st.binary(max_size=6)))
+@given(
+    st.binary(max_size=200)
+    | st.builds(
+        lambda cut, at, junk: (GOOD[:at] + junk + GOOD[at + len(junk) :])[:cut],
+        st.integers(0, len(GOOD)),
+        st.integers(0, len(GOOD)),
+        st.binary(max_size=6),
+    )
+)
 @example(GOOD)
 def test_fuzzed_files_are_read_or_refused(tmp_path, data):
     (tmp_path / "model.safetensors").write_bytes(data)

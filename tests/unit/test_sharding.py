@@ -3,6 +3,7 @@
 
 import json
 from collections import defaultdict
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ CONFIGS = Path(__file__).parent.parent / "configs"
 def test_split_span_partitions_evenly(total, size, multiple):
     spans = [split_span(total, rank, size, multiple) for rank in range(size)]
     assert spans[0].start == 0 and spans[-1].stop == total
-    assert all(a.stop == b.start for a, b in zip(spans, spans[1:], strict=False))
+    assert all(a.stop == b.start for a, b in pairwise(spans))
     assert all(s.start % multiple == 0 or s.start == total for s in spans)
     units = [-(-len(s) // multiple) for s in spans]
     assert max(units) - min(units) <= 1

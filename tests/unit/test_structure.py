@@ -14,8 +14,8 @@ PACKAGE = ROOT / "python" / "nemotron_fast"
 
 # A module may import modules of its own and of lower tiers; tier 0 runs without torch. A folder counts for all in it.
 TIERS: dict[int, str] = {
-    0: """errors progress config config_reader blocks sharding quant_config module_patterns sampling_params generation_defaults
-          request pages scheduler hardware footprint rank_plan planner""",
+    0: """errors progress config config_reader blocks sharding quant_config module_patterns sampling_params
+          generation_defaults request pages scheduler hardware footprint rank_plan planner""",
     1: """_C ops reference rope kv_cache safetensors_file checkpoint inventory param_loader weights quantize sampling
           comm device""",
     2: """batch model graphs""",

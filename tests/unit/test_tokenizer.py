@@ -2,17 +2,14 @@
 """Tokenizer files -> ids and back: the real Llama-3 vocabulary, a small byte-fallback one, broken files."""
 
 import json
-import sys
 from pathlib import Path
 
+import packages
 import pytest
 import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, processors
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import packages
 
 from nemotron_fast.errors import RequestError
 from nemotron_fast.tokenizer import Tokenizer, TokenizerError

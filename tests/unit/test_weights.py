@@ -2,15 +2,11 @@
 """load_weights: exact values, shards that add up to the whole, FP8 scales, bad numbers."""
 
 import json
-import pathlib
-import sys
 
+import oracle
 import pytest
 import torch
 from safetensors.torch import save_file
-
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
-import oracle
 
 from nemotron_fast.config import ModelConfig
 from nemotron_fast.errors import CapacityError, CheckpointError, RequestError
@@ -45,11 +41,20 @@ def make_fp8(folder, seed=0, blocks=None, method="modelopt", **extra):
             stored[f"{base}.input_scale"] = uniform()
     save_file(stored | extra, folder / "model.safetensors")
     args = {"num_bits": 8, "type": "float"}
-    group = {"targets": ["Linear"], "weights": {**args, "strategy": "channel"},
-             "input_activations": {**args, "strategy": "token", "dynamic": True}}
-    files = {"modelopt": {"quant_method": "modelopt", "quant_algo": "FP8", "ignore": ["lm_head"]},
-             "compressed": {"quant_method": "compressed-tensors", "format": "float-quantized", "ignore": ["lm_head"],
-                            "config_groups": {"group_0": group}}}
+    group = {
+        "targets": ["Linear"],
+        "weights": {**args, "strategy": "channel"},
+        "input_activations": {**args, "strategy": "token", "dynamic": True},
+    }
+    files = {
+        "modelopt": {"quant_method": "modelopt", "quant_algo": "FP8", "ignore": ["lm_head"]},
+        "compressed": {
+            "quant_method": "compressed-tensors",
+            "format": "float-quantized",
+            "ignore": ["lm_head"],
+            "config_groups": {"group_0": group},
+        },
+    }
     config["quantization_config"] = files[method]
     (folder / "config.json").write_text(json.dumps(config))
     return ModelConfig.from_hf(config), read_quant_config(folder), stored | extra

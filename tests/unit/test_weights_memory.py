@@ -5,11 +5,9 @@ import pathlib
 import subprocess
 import sys
 
+import oracle
 import pytest
 import torch
-
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
-import oracle
 
 MEASURE = """
 import sys, threading, torch
@@ -36,8 +34,15 @@ print(max(peak, anonymous()) - before - weights.nbytes)
 
 @pytest.mark.slow
 @pytest.mark.skipif(not pathlib.Path("/proc/self/status").exists(), reason="reads RssAnon from /proc")
-@pytest.mark.parametrize("stored,wanted,quantize", [("bfloat16", "bfloat16", ""), ("float32", "bfloat16", ""),
-                                                    ("bfloat16", "bfloat16", "fp8"), ("float32", "bfloat16", "fp8")])
+@pytest.mark.parametrize(
+    "stored,wanted,quantize",
+    [
+        ("bfloat16", "bfloat16", ""),
+        ("float32", "bfloat16", ""),
+        ("bfloat16", "bfloat16", "fp8"),
+        ("float32", "bfloat16", "fp8"),
+    ],
+)
 def test_peak_memory(tmp_path, stored, wanted, quantize):
     """Beyond the mapped files and the final weights: less than twice the largest tensor (and in fact 48 MB)."""
     config, _ = oracle.random_checkpoint(0, tmp_path, blocks=[(2, 256)], heads=16)

