@@ -13,7 +13,7 @@ from nemotron_fast.conversation import Conversation, prepare_chat
 from nemotron_fast.device import KV_DTYPES, free_bytes, resolve_device, resolve_dtype
 from nemotron_fast.engine import Engine, EngineOptions
 from nemotron_fast.errors import CapacityError, RequestError
-from nemotron_fast.footprint import kv_bytes_per_token
+from nemotron_fast.footprint import kv_bytes_per_token, num_pages_that_fit
 from nemotron_fast.loading import LoadedModel, load_model
 from nemotron_fast.outputs import Delta, Result, Timings, Usage
 from nemotron_fast.pages import PAGE_SIZE, pages_for
@@ -142,6 +142,11 @@ class LLM:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def _open_engine(self) -> Engine:
+        if self._engine is None:
+            raise RequestError("this LLM is closed; make a new one")
+        return self._engine
+
     def _plain(self, prompt: Prompt) -> Conversation:
         if not isinstance(prompt, str):
             return Conversation(None, list(prompt))
@@ -153,8 +158,7 @@ class LLM:
 
     def _start(self, conversations: list[Conversation], params: SamplingParams) -> list[list[SequenceText]]:
         """Queue n sequences per conversation; if one is refused, none is left queued."""
-        if self._engine is None:
-            raise RequestError("this LLM is closed; make a new one")
+        engine = self._open_engine()
         if params.stop and self.tokenizer is None:
             raise RequestError("stop strings need a tokenizer, and this checkpoint has no tokenizer.json")
         started: list[list[SequenceText]] = []
@@ -163,8 +167,8 @@ class LLM:
                 resolved = params.resolve(self.sampling_defaults | conversation.sampling)
                 group = []
                 for index in range(params.n):
-                    request = self._engine.add_request(conversation.token_ids, resolved, sample_index=index)
-                    undo.callback(self._engine.abort, request)
+                    request = engine.add_request(conversation.token_ids, resolved, sample_index=index)
+                    undo.callback(engine.abort, request)
                     group.append(
                         SequenceText(
                             request, index, self.tokenizer, conversation.profile, conversation.starts_in_thought
@@ -177,12 +181,13 @@ class LLM:
 
     def _step(self) -> int:
         """One engine step and the text of every sequence it touched; returns the number of new tokens."""
-        touched = self._engine.step()
+        engine = self._open_engine()
+        touched = engine.step()
         for request in touched:
             sequence = self._live[request]
             sequence.advance()
             if sequence.stopped_by is not None:
-                self._engine.abort(request, "stop", sequence.stopped_by)
+                engine.abort(request, "stop", sequence.stopped_by)
             if request.is_finished:
                 del self._live[request]
         return len(touched)
@@ -246,14 +251,16 @@ def _size_cache(
         raise RequestError(
             f"max_model_len={length}, want 1..{config.max_position} (the model's max_position_embeddings)"
         )
-    per_page = PAGE_SIZE * kv_bytes_per_token(config, kv_dtype)
     budget = int(free * KV_MEMORY_SHARE)
-    affordable = budget // per_page if per_page else pages_for(length) * max_num_seqs
+    affordable = num_pages_that_fit(config, budget, kv_dtype, PAGE_SIZE)
+    if affordable is None:  # no attention anywhere: pages take no memory
+        return length, pages_for(length) * max_num_seqs
     if max_model_len is None:
-        length = min(length, affordable * PAGE_SIZE)
-    if affordable == 0 or affordable < pages_for(length):
+        length = min(length, max(affordable * PAGE_SIZE, 1))
+    if affordable < pages_for(length):
+        needed = pages_for(length) * PAGE_SIZE * kv_bytes_per_token(config, kv_dtype)
         raise CapacityError(
-            f"a context of {length} tokens needs {pages_for(length) * per_page / 1e9:.2f} GB of KV cache, "
+            f"a context of {length} tokens needs {needed / 1e9:.2f} GB of KV cache, "
             f"{budget / 1e9:.2f} GB are available for it ({affordable * PAGE_SIZE} tokens); "
             "lower max_model_len or use kv_dtype='fp8'"
         )

@@ -67,10 +67,6 @@ class SequenceText:
                 if self._budget and self._budget.push(self._splitter.in_thought, self._splitter.mid_tag):
                     self._close_thought()
 
-    def end(self) -> None:
-        """The request ended without a further token (aborted): show what was held back."""
-        self._emit(self._flush(), [], self.request.finish_reason)
-
     def completion(self) -> Completion:
         """The finished sequence."""
         joined = {kind: "".join(parts) for kind, parts in self._parts.items()}
@@ -79,7 +75,7 @@ class SequenceText:
             index=self.index,
             text=joined["text"],
             token_ids=list(request.output),
-            finish_reason=request.finish_reason or "abort",
+            finish_reason=request.finish_reason,
             stop_reason=request.stop_reason,
             reasoning=joined["reasoning"] if self._splitter else None,
             content=joined["content"],

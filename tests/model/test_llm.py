@@ -212,12 +212,15 @@ def test_defaults_of_the_checkpoint_are_used_said_once_and_can_be_turned_off(tmp
 def test_close_frees_the_weights():
     llm = LLM("demo", device="cpu")
     alive = weakref.ref(llm._engine.model.weights.embed)
+    stream = llm.stream("a", SamplingParams(max_tokens=9))
+    next(stream)
     llm.close()
     llm.close()
     gc.collect()
     assert alive() is None
-    with pytest.raises(RequestError, match="closed"):
-        llm.generate("a")
+    for use in (lambda: llm.generate("a"), lambda: list(stream)):
+        with pytest.raises(RequestError, match="closed"):
+            use()
 
 
 def test_a_cache_that_does_not_fit_is_refused_with_numbers(monkeypatch):
