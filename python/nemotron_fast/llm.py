@@ -43,6 +43,8 @@ class LLM:
         tensor_parallel_size: only 1 is supported so far.
         generation_config: "auto" uses the checkpoint's sampling defaults and says so once on stderr; "none" does not.
 
+        random_weights: random numbers in place of the checkpoint's weights; `model` may be a bare config.json.
+
     Raises:
         ConfigError, CheckpointError, CapacityError, DeviceError, RequestError: see nemotron_fast.errors.
     """
@@ -60,13 +62,14 @@ class LLM:
         seed: int = 0,
         tensor_parallel_size: int = 1,
         generation_config: str = "auto",
+        random_weights: bool = False,
     ) -> None:
         if tensor_parallel_size != 1:
             raise RequestError(f"tensor_parallel_size={tensor_parallel_size} is not supported yet, want 1")
         if generation_config not in ("auto", "none"):
             raise RequestError(f"generation_config={generation_config!r}, want 'auto' or 'none'")
         where = resolve_device(device)
-        loaded = load_model(model, device=where, dtype=dtype, quantize=quantize)
+        loaded = load_model(model, device=where, dtype=dtype, quantize=quantize, random=random_weights)
         config = loaded.config
         auto_kv = "fp8" if loaded.kv_cache_fp8 else loaded.dtype_name
         kv_type = resolve_dtype(kv_dtype, auto_kv, KV_DTYPES, "kv_dtype")

@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -17,6 +18,7 @@ from nemotron_fast.generation_defaults import GenerationDefaults, read_generatio
 from nemotron_fast.models import resolve_model
 from nemotron_fast.progress import progress_bar
 from nemotron_fast.quant_config import read_quant_config
+from nemotron_fast.random_weights import random_weights
 from nemotron_fast.tokenizer import Tokenizer
 from nemotron_fast.weights import ModelWeights, load_weights
 
@@ -33,39 +35,46 @@ class LoadedModel:
     kv_cache_fp8: bool  # the checkpoint asks for an FP8 KV cache
 
 
-def load_model(model: str, *, device: torch.device, dtype: str, quantize: str | None) -> LoadedModel:
+def load_model(
+    model: str, *, device: torch.device, dtype: str, quantize: str | None, random: bool = False
+) -> LoadedModel:
     """Read a checkpoint; the small files first, so that what is wrong is known before the weights are touched.
+
+    With `random` the weights are random and `model` may be a bare config.json.
 
     Raises:
         CheckpointError, ConfigError, CapacityError, RequestError.
     """
     if quantize not in (None, "fp8"):
         raise RequestError(f"quantize={quantize!r}, want 'fp8' or None")
-    folder = resolve_model(model)
-    config = ModelConfig.from_path(folder)
-    quant = read_quant_config(folder)
-    defaults = read_generation_defaults(folder)
-    tokenizer = Tokenizer.from_folder(folder) if (folder / "tokenizer.json").exists() else None
+    is_file = random and Path(model).is_file()
+    folder = Path(model).parent if is_file else resolve_model(model)
+    config = ModelConfig.from_path(model if is_file else folder)
     torch_dtype = resolve_dtype(dtype, config.dtype, DTYPES, "dtype")
+    quant = None if random else read_quant_config(folder)
+    defaults = GenerationDefaults() if is_file else read_generation_defaults(folder)
+    has_text = not is_file and (folder / "tokenizer.json").exists()
+    tokenizer = Tokenizer.from_folder(folder) if has_text else None
     eos = (*config.eos_token_ids, *defaults.eos_token_ids, *(tokenizer.eos_ids if tokenizer else ()))
     config = dataclasses.replace(config, eos_token_ids=tuple(dict.fromkeys(eos)))
     stored_fp8 = quantize == "fp8" or (quant is not None and quant.quantizes_weights)
-    weight_dtype = "fp8" if stored_fp8 else config.dtype if dtype == "auto" else dtype
+    dtype_name = config.dtype if dtype == "auto" else dtype
+    needed = _require_room(config, "fp8" if stored_fp8 else dtype_name, device)
+    options = {"device": device, "dtype": torch_dtype, "quantize": quantize}
+    if random:
+        weights = random_weights(config, **options)
+    else:
+        with progress_bar("loading", needed, show=sys.stderr.isatty() and needed > LONG_LOAD_BYTES) as update:
+            weights = load_weights(folder, config, quant, progress=lambda done, _: update(done, 0), **options)
+    return LoadedModel(config, weights, tokenizer, defaults, dtype_name, quant is not None and quant.kv_cache_fp8)
+
+
+def _require_room(config: ModelConfig, weight_dtype: str, device: torch.device) -> int:
+    """Bytes of the weights, which are known to be free on the device."""
     needed, free = weight_bytes(config, weight_dtype), free_bytes(device)
     if needed > free:
         raise CapacityError(
             f"the weights need {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free on {device}; "
             "use quantize='fp8' or a machine with more memory"
         )
-    with progress_bar("loading", needed, show=sys.stderr.isatty() and needed > LONG_LOAD_BYTES) as update:
-        weights = load_weights(
-            folder,
-            config,
-            quant,
-            device=device,
-            dtype=torch_dtype,
-            quantize=quantize,
-            progress=lambda done, _: update(done, 0),
-        )
-    dtype_name = config.dtype if dtype == "auto" else dtype
-    return LoadedModel(config, weights, tokenizer, defaults, dtype_name, quant is not None and quant.kv_cache_fp8)
+    return needed

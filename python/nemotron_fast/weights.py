@@ -108,8 +108,15 @@ def load_weights(
         loader = ParamLoader(checkpoint, quant, torch.device(device), dtype, to_fp8, verify)
         loader.report(plan, progress)
         loaded = {param.name: loader.load(param) for param in plan}
-        embed = loaded["embed"].weight
-        sub_blocks = [_sub_block(sub, loaded, checkpoint) for sub in config.sub_blocks]
+        return assemble(config, loaded, lambda layer, which: _kv_scale(checkpoint, layer, which))
+
+
+def assemble(
+    config: ModelConfig, loaded: dict[str, LinearWeight], kv_scale: Callable[[int, str], float]
+) -> ModelWeights:
+    """The runtime's weights from its parameters by name; `kv_scale(layer, "k" or "v")` gives an FP8 cache's scales."""
+    sub_blocks = [_sub_block(sub, loaded, kv_scale) for sub in config.sub_blocks]
+    embed = loaded["embed"].weight
     lm_head = LinearWeight(embed) if config.tie_word_embeddings else loaded["lm_head"]
     return ModelWeights(embed, sub_blocks, loaded["norm"].weight, lm_head)
 
@@ -126,12 +133,14 @@ def _is_fp8(plan: tuple[Param, ...], quant: QuantConfig | None) -> bool:
     return count > 0
 
 
-def _sub_block(sub: SubBlock, loaded: dict[str, LinearWeight], checkpoint: Checkpoint) -> SubBlockWeights:
+def _sub_block(
+    sub: SubBlock, loaded: dict[str, LinearWeight], kv_scale: Callable[[int, str], float]
+) -> SubBlockWeights:
     name = f"blocks.{sub.index}.{sub.role}"
     norm = loaded[f"{name}.norm"].weight
     if isinstance(sub.op, Attention):
-        k, v = (_kv_scale(checkpoint, sub.index, which) for which in "kv")
-        return AttentionWeights(norm, loaded[f"{name}.qkv"], loaded[f"{name}.o"], k, v)
+        k_scale, v_scale = kv_scale(sub.index, "k"), kv_scale(sub.index, "v")
+        return AttentionWeights(norm, loaded[f"{name}.qkv"], loaded[f"{name}.o"], k_scale, v_scale)
     if isinstance(sub.op, GatedMLP):
         return MLPWeights(norm, loaded[f"{name}.gate_up"], loaded[f"{name}.down"])
     return LinearBlockWeights(norm, loaded[f"{name}.linear"])

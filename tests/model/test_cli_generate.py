@@ -14,6 +14,7 @@ import pytest
 
 from nemotron_fast.cli import selftest, streaming
 from nemotron_fast.cli.main import main
+from nemotron_fast.models import demo_folder
 
 PROMPT = "ROMEO.\nO, my love,"
 FAST = ("--model", "demo", "--device", "cpu", "--max-tokens", "8", "--temperature", "0")
@@ -205,3 +206,16 @@ def test_first_interrupt_is_noted_and_the_second_raises() -> None:
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_bench_latency(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    config = tmp_path / "config.json"
+    config.write_text((demo_folder() / "config.json").read_text())
+    sizes = ("--batch", "1,3", "--input-len", "5", "--output-len", "4", "--repeats", "2")
+    argv = ["bench", "latency", "--model", str(config), "--random-weights", "--quantize", "fp8", *sizes]
+    assert main([*argv, "--device", "cpu", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["results"]
+    assert [(r["metric"], r["batch_size"]) for r in rows] == [("time_to_first_token", 1), ("step", 1), ("step", 3)]
+    assert all(0 < r["min_ms"] <= r["median_ms"] <= r["max_ms"] for r in rows)
+    assert main([*argv, "--device", "cpu", "--input-len", "5000"]) == 2
+    assert "the prompt has 5000 tokens" in capsys.readouterr().err.splitlines()[-1]

@@ -239,6 +239,18 @@ def test_no_tokenizer_or_template_is_an_error_that_says_what_to_do(tmp_path):
             llm.generate("text")
 
 
+@pytest.mark.parametrize("quantize", [None, "fp8"])
+def test_random_weights_from_a_bare_config(tmp_path, quantize):
+    config = tmp_path / "some-config.json"
+    shutil.copy(demo_folder() / "config.json", config)
+    with LLM(str(config), device="cpu", random_weights=True, quantize=quantize) as llm:
+        params = SamplingParams(max_tokens=8, ignore_eos=True, logprobs=0, **GREEDY)
+        out, again = (llm.generate([5, 6, 7], params)[0].outputs[0] for _ in range(2))
+        assert out.token_ids == again.token_ids and all(math.isfinite(e.logprob) for e in out.logprobs)
+    with pytest.raises(CheckpointError, match="no model"):
+        LLM(str(config), device="cpu")
+
+
 def test_truncated_config_is_refused(tmp_path):
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ConfigError, match="is not JSON"):

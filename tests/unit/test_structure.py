@@ -16,8 +16,8 @@ PACKAGE = ROOT / "python" / "nemotron_fast"
 TIERS: dict[int, str] = {
     0: """errors progress config config_reader blocks sharding quant_config module_patterns sampling_params
           generation_defaults request pages scheduler hardware footprint rank_plan planner""",
-    1: """_C ops reference rope kv_cache safetensors_file checkpoint inventory param_loader weights quantize sampling
-          comm device""",
+    1: """_C ops reference rope kv_cache safetensors_file checkpoint inventory param_loader weights random_weights
+          quantize sampling comm device""",
     2: """batch model graphs""",
     3: """engine""",
     4: """__init__ __main__ llm outputs conversation loading sequence_text tokenizer token_bytes detokenizer

@@ -25,6 +25,7 @@ COMMANDS = {  # name -> what it does; the module of the same name runs it
     "generate": "complete prompts",
     "chat": "talk to a model in the terminal",
     "quantize": "write an FP8 copy of a checkpoint",
+    "bench": "measure step time and time to first token",
 }
 INTERRUPTED, BROKEN_PIPE = 130, 141  # 128 + the signal's number, as a shell reports it
 EPILOG = """\

@@ -28,6 +28,9 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--max-model-len", metavar="N", type=int, help="tokens of one sequence (default: what fits)")
     group.add_argument("--seed", metavar="N", type=int, default=0, help="base of all random seeds (default 0)")
     group.add_argument(
+        "--random-weights", action="store_true", help="random numbers as weights; --model may be a bare config.json"
+    )
+    group.add_argument(
         "--generation-config",
         choices=("auto", "none"),
         default="auto",
@@ -52,7 +55,7 @@ def add_sampling_arguments(parser: argparse.ArgumentParser, *, max_tokens: int |
     group.add_argument("--ignore-eos", action="store_true", help="go on after an end-of-sequence token")
 
 
-def load_llm(args: argparse.Namespace) -> LLM:
+def load_llm(args: argparse.Namespace, **more: Any) -> LLM:
     """The model that the options of `add_model_arguments` name; use it in a `with` statement."""
     from nemotron_fast.llm import LLM
 
@@ -65,6 +68,8 @@ def load_llm(args: argparse.Namespace) -> LLM:
         max_model_len=args.max_model_len,
         seed=args.seed,
         generation_config=args.generation_config,
+        random_weights=args.random_weights,
+        **more,
     )
 
 
