@@ -36,7 +36,10 @@ for tool in memcheck racecheck synccheck initcheck; do
 done
 
 step bench_cpp build/cmake/bench_rms_norm
-step bench_norm "$PYTHON" bench/bench_norm.py --out "$OUT/norm.json"
+for bench in bench/bench_*.py; do
+  family=$(basename "$bench" .py)
+  step "$family" "$PYTHON" "$bench" --out "$OUT/${family#bench_}.json"
+done
 
 echo "failed steps: ${failed[*]:-none}"
 exit ${#failed[@]}

@@ -10,8 +10,8 @@ constexpr int kElementsPerVec = 8;  // 16 bytes of a 2-byte type
 constexpr int kWarp = 32;
 constexpr int kMaxThreads = 1024;
 
-// Up to here a row gets more vectors per thread rather than more threads: the CTA's reduction stays short,
-// and four CTAs share an SM, so that one loads while another reduces.
+// Up to here a row gets more threads rather than more vectors per thread (H200, E=8192, T=64: 512 x 2 take
+// 2.8 us, 256 x 4 take 3.4). Three such CTAs share an SM, so that one loads while another reduces.
 constexpr int kPreferredThreads = 512;
 
 }  // namespace

@@ -24,10 +24,4 @@ __device__ __forceinline__ void let_successor_start() {
 #endif
 }
 
-// Asks for the 128-byte line at `global` to be in L2. Reads no value, so it may precede
-// wait_for_predecessor().
-__device__ __forceinline__ void prefetch_l2(const void* global) {
-  asm volatile("prefetch.global.L2 [%0];" ::"l"(global));
-}
-
 }  // namespace nf

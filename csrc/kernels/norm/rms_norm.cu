@@ -72,20 +72,19 @@ __global__ void __launch_bounds__(C::kMaxThreads, C::kMinCtas)
   const auto vec_idx = [](int i) { return i * int(blockDim.x) + int(threadIdx.x); };
 
   let_successor_start();
+  // The weight depends on no kernel of the step: it is loaded while the predecessor still runs.
+  Vec<Scalar> r_row[C::kVecs], r_residual[C::kVecs], r_weight[C::kVecs];
 #pragma unroll
   for (int i = 0; i < C::kVecs; ++i)
-    if (threadIdx.x % 8 == 0 && vec_idx(i) < num_vecs)  // 8 vectors are one line
-      prefetch_l2(p.weight + int64_t(vec_idx(i)) * Vec<Scalar>::kElements);
+    if (vec_idx(i) < num_vecs) r_weight[i] = load_vec(p.weight, vec_idx(i));
   wait_for_predecessor();
 
   // All loads before the first store, which might alias them and so would hold them back.
-  Vec<Scalar> r_row[C::kVecs], r_residual[C::kVecs], r_weight[C::kVecs];
 #pragma unroll
   for (int i = 0; i < C::kVecs; ++i) {
     if (vec_idx(i) >= num_vecs) continue;
     r_row[i] = load_vec(x, vec_idx(i));
     if constexpr (C::kAdd) r_residual[i] = load_vec(residual, vec_idx(i));
-    r_weight[i] = load_vec(p.weight, vec_idx(i));
   }
 
   float sum = 0.0f;

@@ -19,7 +19,7 @@ struct RmsNormParams {
   Scalar* out;           // [T, E], row stride out_stride
   Scalar* residual;      // [T, E], row stride residual_stride; add_rms_norm only, else nullptr
   const Scalar* x;       // [T, E], row stride x_stride
-  const Scalar* weight;  // [E]
+  const Scalar* weight;  // [E]; complete before the preceding kernel starts: it is read early
   int64_t num_tokens;    // T, may be 0
   int dim;               // E, a multiple of 8, at most 32768
   int64_t out_stride;    // elements between rows

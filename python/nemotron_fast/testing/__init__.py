@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What tests and benchmarks share: the shapes that matter, comparing, timing."""
+"""What tests and benchmarks share: the shapes that matter, comparing, timing, the benches' main loop."""

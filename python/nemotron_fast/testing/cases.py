@@ -7,10 +7,16 @@ and `<FAMILY>_BENCH`, the shapes of the real models.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from itertools import product
+from typing import Protocol
 
-HIDDEN_SIZES = {"SmolLM2-135M": 576, "Nano-8B": 4096, "Super-49B, 51B": 8192, "Ultra-253B": 16384}
+from nemotron_fast.config import ModelConfig
+from nemotron_fast.sharding import param_plan
+
+BF16_BYTES = 2  # of every activation that a benchmark moves
+LLAMA3_VOCAB = 128256
 
 
 @dataclass(frozen=True)
@@ -19,6 +25,16 @@ class Cost:
 
     num_bytes: int
     flops: int
+
+
+class Case(Protocol):
+    """What a benchmark needs of a case; str() names it."""
+
+    @property
+    def op(self) -> str: ...
+
+    @property
+    def cost(self) -> Cost: ...
 
 
 @dataclass(frozen=True)
@@ -37,10 +53,11 @@ class NormCase:
     def op(self) -> str:
         return "add_rms_norm" if self.add else "rms_norm"
 
-    def cost(self, element_size: int) -> Cost:
+    @property
+    def cost(self) -> Cost:
         """Reads x and weight, writes out; with `add` also reads and writes the residual."""
         matrices = 4 if self.add else 2
-        return Cost((matrices * self.T * self.E + self.E) * element_size, (5 if self.add else 4) * self.T * self.E)
+        return Cost((matrices * self.T * self.E + self.E) * BF16_BYTES, (5 if self.add else 4) * self.T * self.E)
 
 
 NORM_TESTS = (
@@ -53,3 +70,158 @@ NORM_TESTS = (
 )
 NORM_BENCH = tuple(NormCase(T, E, add) for E, add, T in product((8192, 16384), (False, True), (1, 16, 64, 1024, 8192)))
 NORM_BENCH_CPU = tuple(NormCase(T, 8192, add) for add, T in product((False, True), (1, 64)))
+
+
+@dataclass(frozen=True)
+class LinearCase:
+    """x [M, K] @ weight [N, K]^T in BF16 or, with `fp8`, of e4m3 operands; a forward pass has `count` of this shape."""
+
+    M: int
+    N: int
+    K: int
+    fp8: bool
+    count: int = 1
+
+    op = "linear"
+
+    def __str__(self) -> str:
+        return f"linear-{'fp8' if self.fp8 else 'bf16'}-M{self.M}-N{self.N}-K{self.K}-x{self.count}"
+
+    @property
+    def cost(self) -> Cost:
+        operands = (self.N + self.M) * self.K * (1 if self.fp8 else BF16_BYTES)
+        return Cost(operands + self.M * self.N * BF16_BYTES, 2 * self.M * self.N * self.K)
+
+
+def linear_cases(config: ModelConfig, batch_sizes: tuple[int, ...]) -> list[LinearCase]:
+    """Every distinct linear of the model (FP8 leaves the LM head in BF16), the largest share of the bytes first."""
+    params = [p for p in param_plan(config) if p.kind in ("linear", "lm_head")]
+    shapes = Counter((*p.shape, p.kind) for p in params)
+    ordered = sorted(shapes.items(), key=lambda item: -item[0][0] * item[0][1] * item[1])
+    return [
+        LinearCase(M, N, K, fp8, count)
+        for (N, K, kind), count in ordered
+        for fp8, M in product((True, False) if kind == "linear" else (False,), batch_sizes)
+    ]
+
+
+@dataclass(frozen=True)
+class AttentionCase:
+    """S sequences of `length` cached tokens each, of which the last `new` are the queries; Super's heads by default."""
+
+    S: int
+    length: int
+    new: int = 1
+    H: int = 64
+    K: int = 8
+    D: int = 128
+    fp8_kv: bool = False
+
+    op = "attention"
+
+    def __str__(self) -> str:
+        kv = "fp8" if self.fp8_kv else "bf16"
+        return f"attention-{kv}-S{self.S}-L{self.length}-new{self.new}-H{self.H}-K{self.K}"
+
+    @property
+    def cost(self) -> Cost:
+        """Reads q and the keys and values once, writes out; two products per query and visible key."""
+        kv_bytes = 2 * self.S * self.K * self.length * self.D * (1 if self.fp8_kv else BF16_BYTES)
+        visible = self.new * self.length - self.new * (self.new - 1) // 2
+        q_and_out = 2 * self.S * self.new * self.H * self.D * BF16_BYTES
+        return Cost(kv_bytes + q_and_out, 4 * self.S * self.H * self.D * visible)
+
+
+ATTENTION_BENCH = (
+    *(AttentionCase(S, length, fp8_kv=fp8) for fp8, S, length in product((False, True), (1, 8, 64), (1024, 8192))),
+    AttentionCase(1, 131072),
+    AttentionCase(1, 8192, K=4),
+    AttentionCase(1, 4096, new=4096),
+)
+ATTENTION_BENCH_CPU = (
+    AttentionCase(2, 300, H=8, K=1),
+    AttentionCase(1, 200, H=8, K=2, fp8_kv=True),
+    AttentionCase(1, 128, 128, 8, 1),
+)
+
+
+@dataclass(frozen=True)
+class RopeCase:
+    """rope_append of T tokens, each of another sequence."""
+
+    T: int
+    H: int = 64
+    K: int = 8
+    D: int = 128
+    fp8_kv: bool = False
+
+    op = "rope_append"
+
+    def __str__(self) -> str:
+        return f"rope_append-{'fp8' if self.fp8_kv else 'bf16'}-T{self.T}-H{self.H}-K{self.K}"
+
+    @property
+    def cost(self) -> Cost:
+        """Reads q, k, v, a row of the table and two indices, writes q, k and both caches."""
+        rotated, kv = (self.H + self.K) * self.D, 2 * self.K * self.D
+        per_token = (2 * rotated + kv // 2) * BF16_BYTES + kv * (1 if self.fp8_kv else BF16_BYTES) + 4 * self.D + 16
+        return Cost(self.T * per_token, 3 * self.T * rotated)
+
+
+ROPE_BENCH = tuple(RopeCase(T, fp8_kv=fp8) for fp8, T in product((False, True), (1, 64, 1024, 8192)))
+ROPE_BENCH_CPU = (RopeCase(1), RopeCase(16, fp8_kv=True))
+
+
+@dataclass(frozen=True)
+class SamplingCase:
+    """sample, penalize or top_logprobs (20 of them) on FP32 logits [S, V]."""
+
+    op: str
+    S: int
+    V: int = LLAMA3_VOCAB
+
+    num_top = 20
+
+    def __str__(self) -> str:
+        return f"{self.op}-S{self.S}-V{self.V}"
+
+    @property
+    def cost(self) -> Cost:
+        """One pass over the logits; penalize also writes them and reads a count and a flag of each token."""
+        bytes_each, flops_each = {"sample": (4, 4), "penalize": (13, 4), "top_logprobs": (4, 3)}[self.op]
+        return Cost(self.S * self.V * bytes_each, self.S * self.V * flops_each)
+
+
+SAMPLING_OPS = ("sample", "penalize", "top_logprobs")
+SAMPLING_BENCH = tuple(SamplingCase(op, S) for op, S in product(SAMPLING_OPS, (1, 8, 64, 256)))
+SAMPLING_BENCH_CPU = tuple(SamplingCase(op, S) for op, S in product(SAMPLING_OPS, (1, 4)))
+
+
+@dataclass(frozen=True)
+class ElementwiseCase:
+    """embed, silu_mul, quantize_fp8 or quantize_fp8_per_token, with an output of [T, X]."""
+
+    op: str
+    T: int
+    X: int
+
+    def __str__(self) -> str:
+        return f"{self.op}-T{self.T}-X{self.X}"
+
+    @property
+    def cost(self) -> Cost:
+        """The inputs once, the output once; ids, scales and the unused rows of the table count nothing."""
+        bytes_each, flops_each = {
+            "embed": (2 * BF16_BYTES, 0),
+            "silu_mul": (3 * BF16_BYTES, 5),
+            "quantize_fp8": (BF16_BYTES + 1, 2),
+            "quantize_fp8_per_token": (BF16_BYTES + 1, 3),
+        }[self.op]
+        return Cost(self.T * self.X * bytes_each, self.T * self.X * flops_each)
+
+
+ELEMENTWISE_WIDTHS = {"embed": 8192, "silu_mul": 28672, "quantize_fp8": 8192, "quantize_fp8_per_token": 8192}
+ELEMENTWISE_BENCH = tuple(
+    ElementwiseCase(op, T, X) for (op, X), T in product(ELEMENTWISE_WIDTHS.items(), (1, 64, 1024, 8192))
+)
+ELEMENTWISE_BENCH_CPU = tuple(ElementwiseCase(op, T, X) for (op, X), T in product(ELEMENTWISE_WIDTHS.items(), (1, 16)))

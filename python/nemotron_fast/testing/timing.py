@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import platform
 import statistics
 import subprocess
@@ -27,6 +28,9 @@ import torch
 
 from nemotron_fast.testing.cases import Cost
 
+FLOPS_PER_BYTE = (
+    100  # a call with more is bound by arithmetic, not by bandwidth (a Hopper GPU's balance is 200 in BF16)
+)
 MAX_SETS = 16384  # nodes of one graph; a case that wants more is too small to be timed cold
 
 
@@ -60,11 +64,20 @@ class Result:
     def gb_per_s(self) -> float:
         return self.cost.num_bytes / self.timing.median_us / 1e3
 
-    def line(self, copy_gb_per_s: float | None, slower_than_ours: float) -> str:
-        text = f"{self.case:<28} {self.candidate:<14} | {self.timing.median_us:9.2f} us | {self.gb_per_s:7.0f} GB/s"
-        if copy_gb_per_s is not None:
-            text += f" | {100 * self.gb_per_s / copy_gb_per_s:3.0f}% of copy"
-        return f"{text} | {slower_than_ours:5.2f}x our time"
+    @property
+    def tflop_per_s(self) -> float:
+        return self.cost.flops / self.timing.median_us / 1e6
+
+    def line(self, copy_gb_per_s: float | None, first: Result) -> str:
+        """Bandwidth, or arithmetic where that is the limit; and the time as a multiple of the first candidate's."""
+        text = f"{self.case:<44} {self.candidate:<14} | {self.timing.median_us:9.2f} us"
+        if self.cost.flops > FLOPS_PER_BYTE * self.cost.num_bytes:
+            text += f" | {self.tflop_per_s:7.1f} TFLOP/s"
+        else:
+            text += f" | {self.gb_per_s:7.0f} GB/s"
+            if copy_gb_per_s is not None:
+                text += f" | {100 * self.gb_per_s / copy_gb_per_s:3.0f}% of copy"
+        return f"{text} | {self.timing.median_us / first.timing.median_us:5.2f}x {first.candidate}"
 
 
 def num_sets(bytes_per_set: int, device: torch.device) -> int:
@@ -93,33 +106,37 @@ def time_candidates(
 
 
 def copy_and_read_ceilings(device: torch.device) -> dict[str, float] | None:
-    """GB/s of a device-to-device copy (bytes read plus bytes written) and of a sum that only reads; None on a CPU."""
+    """GB/s of a device-to-device copy (bytes read plus bytes written) and of a sum that only reads; None on a CPU.
+
+    The copy is the better of a memcpy and a kernel: in a graph a memcpy may get a copy engine, which is slower.
+    """
     if device.type == "cpu":
         return None
-    source = torch.ones(1 << 30, dtype=torch.float32, device=device)  # 4 GiB, far beyond L2
+    source = torch.randn(1 << 29, dtype=torch.float32, device=device)  # 2 GiB, far beyond L2
     target = torch.empty_like(source)
-    copy = Candidate("copy", lambda _: target.copy_(source), lambda: None)
+    copy = Candidate("memcpy", lambda _: target.copy_(source), lambda: None)
+    kernel = Candidate("kernel", lambda _: torch.neg(source, out=target), lambda: None)
     read = Candidate("read", lambda _: source.sum(), lambda: None)
-    times = time_candidates([copy, read], 1, device)
+    times = time_candidates([copy, kernel, read], 1, device)
     num_bytes = source.numel() * source.element_size()
     return {
-        "copy_gb_per_s": 2 * num_bytes / times["copy"].median_us / 1e3,
+        "copy_gb_per_s": 2 * num_bytes / min(times["memcpy"].median_us, times["kernel"].median_us) / 1e3,
         "read_gb_per_s": num_bytes / times["read"].median_us / 1e3,
     }
 
 
 def write_json(path: Path, results: list[Result], ceilings: dict[str, float] | None, device: torch.device) -> None:
-    """Writes the results with everything needed to repeat them."""
+    """Writes the results with everything needed to repeat them. NF_COMMIT names the commit of a copy without .git."""
     record: dict[str, Any] = {
         "command": " ".join([Path(sys.executable).name, *sys.argv]),
-        "commit": _output_of("git", "-C", str(Path(sys.argv[0]).parent), "describe", "--always", "--dirty"),
+        "commit": os.environ.get("NF_COMMIT") or _output_of("git", "describe", "--always", "--dirty"),
         "device": device_name(device),
         "driver": _output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "-i", "0"),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "python": platform.python_version(),
         "ceilings": ceilings,
-        "results": [asdict(r) | {"gb_per_s": r.gb_per_s} for r in results],
+        "results": [asdict(r) | {"gb_per_s": r.gb_per_s, "tflop_per_s": r.tflop_per_s} for r in results],
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(record, indent=1) + "\n")
@@ -137,8 +154,7 @@ def _graph_timer(candidate: Candidate, num_sets: int) -> Callable[[], float]:
     stream.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=stream):
-        for i in range(num_sets):
-            candidate.run(i)
+        results = [candidate.run(i) for i in range(num_sets)]  # all alive: each call writes to memory of its own
     begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
 
     def timer() -> float:
@@ -148,6 +164,7 @@ def _graph_timer(candidate: Candidate, num_sets: int) -> Callable[[], float]:
         end.synchronize()
         return begin.elapsed_time(end) * 1e3 / num_sets
 
+    del results  # the graph keeps their memory
     return timer
 
 

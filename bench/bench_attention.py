@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""attention (decode and one prefill) against SDPA on contiguous BF16 keys and values, and rope_append against torch.
+
+python bench/bench_attention.py [--device cuda|cpu] [--only attention-fp8]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from nemotron_fast import ops, reference
+from nemotron_fast.testing import cases, compare, runner
+
+PAGE = 64
+
+
+@dataclass(frozen=True)
+class Paged:
+    q: Tensor  # [S * new, H, D]
+    dense: tuple[Tensor, Tensor]  # k and v as SDPA wants them, [S, K, length, D]
+    caches: tuple[Tensor, Tensor]  # the same in pages
+    table: Tensor
+    q_start: Tensor
+    kv_len: Tensor
+
+
+def make_paged(case: cases.AttentionCase, device: torch.device) -> Paged:
+    pages = -(-case.length // PAGE)
+    table = torch.randperm(case.S * pages, device=device).view(case.S, pages)
+    q = runner.randn(case.S * case.new, case.H, case.D, device=device)
+    caches, dense = [], []
+    for _ in "kv":
+        values = runner.randn(case.S, case.K, pages, PAGE, case.D, device=device)
+        if case.fp8_kv:
+            values = values.to(reference.FP8).to(values.dtype)  # what the peer sees is what the cache holds
+        cache = torch.empty(case.S * pages, case.K, PAGE, case.D, dtype=values.dtype, device=device)
+        cache[table] = values.transpose(1, 2)
+        caches.append(cache.to(reference.FP8) if case.fp8_kv else cache)
+        dense.append(values.flatten(2, 3)[:, :, : case.length].contiguous())
+    q_start = torch.arange(0, (case.S + 1) * case.new, case.new, device=device)
+    return Paged(q, tuple(dense), tuple(caches), table, q_start, torch.full((case.S,), case.length, device=device))
+
+
+def our_attention(s: Paged) -> Tensor:
+    return ops.attention(s.q, *s.caches, s.table, s.q_start, s.kv_len, softmax_scale=s.q.shape[2] ** -0.5)
+
+
+def sdpa(s: Paged, dtype: torch.dtype | None = None) -> Tensor:
+    """Every case has one new token or nothing but new tokens: no mask, or the plain causal one."""
+    q = s.q.view(s.table.shape[0], -1, *s.q.shape[1:]).transpose(1, 2)
+    operands = [t.to(dtype or t.dtype) for t in (q, *s.dense)]
+    out = functional.scaled_dot_product_attention(*operands, is_causal=q.shape[2] > 1, enable_gqa=True)
+    return out.transpose(1, 2).flatten(0, 1)
+
+
+def our_rope_append(s: list[Tensor]) -> None:
+    ops.rope_append(*s)
+
+
+def torch_rope_append(s: list[Tensor]) -> None:
+    reference.rope_append(*s, 1.0, 1.0)
+
+
+def make_rope(case: cases.RopeCase, device: torch.device) -> list[Tensor]:
+    qkv = runner.randn(case.T, (case.H + 2 * case.K) * case.D, device=device)
+    dtype = reference.FP8 if case.fp8_kv else torch.bfloat16
+    pages = -(-case.T // PAGE)
+    caches = [torch.zeros(pages, case.K, PAGE, case.D, device=device).to(dtype) for _ in "kv"]
+    angles = torch.rand(max(case.T, 128), case.D // 2, device=device) * 6
+    positions = torch.randperm(len(angles), device=device)[: case.T]
+    slots = torch.randperm(pages * PAGE, device=device)[: case.T]
+    return [qkv, *caches, torch.cat((angles.cos(), angles.sin()), -1), positions, slots]
+
+
+def check_rope(s: list[Tensor], call: runner.Call) -> None:
+    found, want = ([t.clone() for t in s] for _ in range(2))
+    want[0] = want[0].float()
+    call(found)
+    torch_rope_append(want)
+    compare.assert_close(found[0], want[0], rtol=2**-7, atol=2**-7)
+    step = 2**-3 if s[1].dtype == reference.FP8 else 2**-7
+    for cache, want_cache in zip(found[1:3], want[1:3], strict=True):
+        compare.assert_close(cache, want_cache, rtol=step, atol=2**-7)
+
+
+def rows(device: torch.device, quick: bool) -> Iterator[runner.Row]:
+    near = runner.equals(partial(sdpa, dtype=torch.float32), rtol=2**-6, atol=2**-7)  # softmax weights rounded to BF16
+    for case in cases.ATTENTION_BENCH_CPU if quick else cases.ATTENTION_BENCH:
+        yield runner.Row(case, partial(make_paged, case, device), our_attention, {"sdpa bf16": sdpa}, near)
+    for case in cases.ROPE_BENCH_CPU if quick else cases.ROPE_BENCH:
+        peers = runner.eager_and_compiled(torch_rope_append, device)
+        yield runner.Row(case, partial(make_rope, case, device), our_rope_append, peers, check_rope)
+
+
+if __name__ == "__main__":
+    runner.main("attention", __doc__, rows)
