@@ -24,6 +24,7 @@ from nemotron_fast.errors import ConfigError, Problems
 MODEL_TYPES = ("nemotron-nas", "deci", "llama")
 DTYPES = ("bfloat16", "float16", "float32")
 MIN_HEAD_DIM, MAX_HEAD_DIM = 64, 128
+MAX_LAYERS = 4096
 
 
 @dataclass(frozen=True)
@@ -120,21 +121,34 @@ class ModelConfig:
         return cls.from_hf(read_config_json(path))
 
 
+_ROPE_KEYS = frozenset(
+    {"rope_type", "type", "rope_theta", "factor", "low_freq_factor", "high_freq_factor"}
+    | {"original_max_position_embeddings"}
+)
+
+
 def _rope_fields(raw: dict[str, Any], problems: Problems) -> dict[str, Any]:
     """The RoPE options of both dialects (`rope_theta` + `rope_scaling`, or one `rope_parameters`) as one object."""
     fields: dict[str, Any] = {}
-    for key in ("rope_scaling", "rope_parameters"):
-        value = raw.get(key)
-        if value is not None and problems.require(isinstance(value, dict), f"{key} is {value!r}, want an object"):
-            fields.update(value)
-    if raw.get("rope_theta") is not None:
-        fields["rope_theta"] = raw["rope_theta"]
+    sources = [(key, raw.get(key)) for key in ("rope_scaling", "rope_parameters") if raw.get(key) is not None]
+    for key, value in [*sources, ("config.json", {"rope_theta": raw.get("rope_theta")})]:
+        if not problems.require(isinstance(value, dict), f"{key} is {value!r}, want an object"):
+            continue
+        value = {name: v for name, v in value.items() if v is not None}
+        if "type" in value:  # the older name
+            value.setdefault("rope_type", value["type"])
+            problems.require(value["type"] == value["rope_type"], f"{key}: type and rope_type differ")
+        for name, v in value.items():
+            problems.require(name in _ROPE_KEYS, f"{key}.{name}={v!r} is not supported")
+            problems.require(fields.setdefault(name, v) == v, f"{key}.{name}={v!r} contradicts {fields[name]!r}")
     return fields
 
 
 def _parse_rope_scaling(rope: dict[str, Any], problems: Problems) -> Llama3Scaling | None:
-    kind = rope.get("rope_type", rope.get("type", "default"))
+    kind = rope.get("rope_type", "default")
     if kind == "default":
+        extra = sorted(rope.keys() - {"rope_type", "type", "rope_theta"})
+        problems.require(not extra, f"rope options {', '.join(extra)} need rope_type 'llama3'")
         return None
     if kind != "llama3":
         problems.add(f"rope_type={kind!r} is not supported, want 'llama3' or none")
@@ -157,6 +171,7 @@ def _parse_blocks(
     raw: dict[str, Any], read: ConfigReader, hidden: int, heads: int, problems: Problems
 ) -> tuple[Block, ...]:
     num_layers = read.integer("num_hidden_layers")
+    problems.require(num_layers <= MAX_LAYERS, f"num_hidden_layers={num_layers}, want at most {MAX_LAYERS}")
     if raw["model_type"] == "llama":
         kv_heads = heads if raw.get("num_key_value_heads") is None else read.integer("num_key_value_heads")
         problems.require(
@@ -164,7 +179,7 @@ def _parse_blocks(
         )
         width = read.integer("intermediate_size")
         problems.require(width % WIDTH_MULTIPLE == 0, f"intermediate_size={width}, want a multiple of {WIDTH_MULTIPLE}")
-        return make_blocks([(Attention(kv_heads), GatedMLP(width))] * min(num_layers, 1 << 16))
+        return make_blocks([(Attention(kv_heads), GatedMLP(width))] * min(num_layers, MAX_LAYERS))
     for key in ("num_key_value_heads", "intermediate_size"):
         problems.require(
             raw.get(key) is None, f"{key}={raw.get(key)!r} must be null: block_configs states it per block"

@@ -66,11 +66,11 @@ class ConfigReader:
 
     def number(self, key: str, default: float | None = None) -> float:
         value = self._raw.get(key, default)
-        ok = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < float("inf")
+        ok = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < 1e300
         return float(value) if self._problems.require(ok, f"{key} is {value!r}, want a positive number") else 1.0
 
     def boolean(self, key: str, default: bool) -> bool:
-        value = self._raw.get(key, default)
+        value = default if self._raw.get(key) is None else self._raw[key]
         self._problems.require(isinstance(value, bool), f"{key} is {value!r}, want true or false")
         return value is True
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -48,10 +49,21 @@ def free_bytes(device: torch.device) -> int:
     """Bytes that can still be allocated on the device."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024  # the file counts KiB
-    raise DeviceError("/proc/meminfo has no MemAvailable line; give num_pages instead of sizing by memory")
+    limits = [_system_free_bytes()]
+    group = Path("/sys/fs/cgroup")  # a container's own limit
+    if (group / "memory.max").exists() and (most := (group / "memory.max").read_text().strip()) != "max":
+        limits.append(int(most) - int((group / "memory.current").read_text()))
+    return max(0, min(limits))
+
+
+def _system_free_bytes() -> int:
+    """Memory that can be had without swapping; where the system does not tell, all of it."""
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        for line in meminfo.read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024  # the file counts KiB
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def _cuda_obstacle() -> str | None:

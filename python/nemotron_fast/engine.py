@@ -9,14 +9,15 @@ import torch
 
 from nemotron_fast.batch import Batch, build_batch
 from nemotron_fast.config import ModelConfig
-from nemotron_fast.errors import CapacityError, RequestError
+from nemotron_fast.errors import CapacityError, NumericsError, RequestError
+from nemotron_fast.graphs import DecodeGraphs
 from nemotron_fast.kv_cache import make_kv_cache
 from nemotron_fast.model import Model
 from nemotron_fast.pages import PAGE_SIZE, pages_for
 from nemotron_fast.request import Request
-from nemotron_fast.sampling import sample_tokens, token_logprobs
+from nemotron_fast.sampling import NAN_TOKEN, sample_tokens, token_logprobs
 from nemotron_fast.sampling_params import SamplingParams
-from nemotron_fast.scheduler import Scheduler
+from nemotron_fast.scheduler import Chunk, Scheduler
 from nemotron_fast.weights import ModelWeights
 
 
@@ -29,6 +30,7 @@ class EngineOptions:
     max_num_seqs: int = 64  # sequences in one step
     max_batched_tokens: int = 512  # tokens in one step
     seed: int = 0
+    cuda_graphs: bool = True  # on a GPU, replay decode steps as CUDA graphs
 
 
 class Engine:
@@ -45,7 +47,18 @@ class Engine:
         self.config, self.options = config, options
         self.device = weights.embed.device
         self.model = Model(config, weights, options.max_model_len)
-        self.cache = make_kv_cache(config, options.num_pages, dtype=kv_dtype, device=self.device)
+        use_graphs = self.device.type == "cuda" and options.cuda_graphs
+        scratch_page = options.num_pages  # one page beyond those of the requests, for padded rows
+        self.cache = make_kv_cache(config, options.num_pages + use_graphs, dtype=kv_dtype, device=self.device)
+        self._graphs = None
+        if use_graphs:
+            self._graphs = DecodeGraphs(
+                self.model,
+                self.cache,
+                max_num_seqs=options.max_num_seqs,
+                max_pages=pages_for(options.max_model_len),
+                scratch_page=scratch_page,
+            )
         self.scheduler = Scheduler(
             options.num_pages, max_num_seqs=options.max_num_seqs, max_batched_tokens=options.max_batched_tokens
         )
@@ -94,22 +107,48 @@ class Engine:
         chunks = self.scheduler.next()
         if not chunks:
             return []
-        batch = build_batch(chunks, self.device)
-        logits_RV = self.model.forward(batch, self.cache)
-        self._record_prompt_logprobs(batch, logits_RV)
-        tokens, logprobs = sample_tokens(logits_RV[: len(batch.sampled)], batch.sampled)
-        for request, token, logprob in zip(batch.sampled, tokens, logprobs, strict=True):
+        sampled, logits_SV = self._forward(chunks)
+        tokens, logprobs = sample_tokens(logits_SV, sampled)
+        self._refuse_nan(sampled, tokens)
+        for request, token, logprob in zip(sampled, tokens, logprobs, strict=True):
             if logprob is not None:
                 request.logprobs.append(logprob)
             request.append(token)
         self.scheduler.commit(chunks)
-        return batch.sampled
+        return sampled
 
-    def abort(self, request: Request, reason: str = "abort", stop_reason: str | None = None) -> None:
-        """End a request now, wherever it is; its pages are free afterwards."""
+    def abort(self, request: Request) -> None:
+        """End a request now, wherever it is; its pages are free afterwards. A finished one stays as it is."""
         if not request.is_finished:
-            request.finish(reason, stop_reason)
+            request.finish("abort")
             self.scheduler.remove(request)
+
+    def stop_by_text(self, request: Request, stop: str) -> None:
+        """End a request because its text holds a stop string."""
+        if not request.is_finished:
+            self.scheduler.remove(request)
+        request.finish_by_text(stop)
+
+    def _refuse_nan(self, sampled: list[Request], tokens: list[int]) -> None:
+        """Abort everything if a row of logits was not a number: what follows would be garbage."""
+        if NAN_TOKEN not in tokens:
+            return
+        for request in [*self.scheduler.running, *self.scheduler.waiting]:
+            self.abort(request)
+        number = sampled[tokens.index(NAN_TOKEN)].id
+        raise NumericsError(
+            f"the logits of request {number} are NaN with {self.model.weights.embed.dtype} activations; "
+            "try another dtype, and check the scales of a quantised checkpoint"
+        )
+
+    def _forward(self, chunks: list[Chunk]) -> tuple[list[Request], torch.Tensor]:
+        """The requests that get a token from this step, and their logits [S, V]."""
+        if self._graphs is not None and DecodeGraphs.covers(chunks):
+            return [c.request for c in chunks], self._graphs.forward(chunks)
+        batch = build_batch(chunks, self.device)
+        logits_RV = self.model.forward(batch, self.cache)
+        self._record_prompt_logprobs(batch, logits_RV)
+        return batch.sampled, logits_RV[: len(batch.sampled)]
 
     def _record_prompt_logprobs(self, batch: Batch, logits_RV: torch.Tensor) -> None:
         for rows in batch.prompt_rows:

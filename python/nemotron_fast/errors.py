@@ -38,6 +38,10 @@ class DeviceError(NemotronFastError, RuntimeError):
     exit_code = 6
 
 
+class NumericsError(NemotronFastError, ArithmeticError):
+    """The model computed something that is not a number."""
+
+
 class Problems:
     """Collects every problem of one input, so that a single error names them all."""
 

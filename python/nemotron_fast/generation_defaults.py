@@ -20,8 +20,10 @@ class GenerationDefaults:
     eos_token_ids: tuple[int, ...] = ()
 
 
-def read_generation_defaults(folder: Path) -> GenerationDefaults:
+def read_generation_defaults(folder: Path, *, sampling: bool = True) -> GenerationDefaults:
     """The defaults of a checkpoint folder; none if it has no generation_config.json. `do_sample: false` means greedy.
+
+    Without `sampling` only the end-of-sequence ids are looked at.
 
     Raises:
         CheckpointError: the file is not JSON, or holds values out of range.
@@ -31,12 +33,12 @@ def read_generation_defaults(folder: Path) -> GenerationDefaults:
         return GenerationDefaults()
     try:
         raw = json.loads(file.read_text(encoding="utf-8"))
-        sampling = {k: raw[k] for k in NEUTRAL if raw.get(k) is not None}
-        if raw.get("do_sample") is False:
-            sampling = {"temperature": 0.0} | {k: v for k, v in sampling.items() if k == "repetition_penalty"}
-        SamplingParams(**sampling)
+        values = {k: raw[k] for k in NEUTRAL if sampling and raw.get(k) is not None}
+        if sampling and raw.get("do_sample") is False:
+            values = {"temperature": 0.0} | {k: v for k, v in values.items() if k == "repetition_penalty"}
+        SamplingParams(**values)
         eos = raw.get("eos_token_id")
         eos_ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
-        return GenerationDefaults(sampling, tuple(int(i) for i in eos_ids))
+        return GenerationDefaults(values, tuple(int(i) for i in eos_ids))
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{file} cannot be used: {error}; mend it or pass generation_config='none'") from None

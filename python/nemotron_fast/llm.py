@@ -5,27 +5,25 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import operator
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+from nemotron_fast.cache_size import size_cache
 from nemotron_fast.conversation import Conversation, prepare_chat
 from nemotron_fast.device import KV_DTYPES, free_bytes, resolve_device, resolve_dtype
 from nemotron_fast.engine import Engine, EngineOptions
-from nemotron_fast.errors import CapacityError, RequestError
-from nemotron_fast.footprint import kv_bytes_per_token, num_pages_that_fit
-from nemotron_fast.loading import LoadedModel, load_model
-from nemotron_fast.outputs import Delta, Result, Timings, Usage
-from nemotron_fast.pages import PAGE_SIZE, pages_for
+from nemotron_fast.errors import Problems, RequestError
+from nemotron_fast.loading import load_model
+from nemotron_fast.outputs import Delta, Result
 from nemotron_fast.progress import progress_bar
 from nemotron_fast.request import Request
 from nemotron_fast.sampling_params import SamplingParams
-from nemotron_fast.sequence_text import SequenceText
+from nemotron_fast.sequence_text import SequenceText, make_result
 
-Prompt = str | list[int]
+Prompt = str | Sequence[int]
 Message = dict[str, Any]
-
-KV_MEMORY_SHARE = 0.5  # of the memory that is free after loading, at most, for the KV cache
 
 
 class LLM:
@@ -64,22 +62,40 @@ class LLM:
         generation_config: str = "auto",
         random_weights: bool = False,
     ) -> None:
-        if tensor_parallel_size != 1:
-            raise RequestError(f"tensor_parallel_size={tensor_parallel_size} is not supported yet, want 1")
-        if generation_config not in ("auto", "none"):
-            raise RequestError(f"generation_config={generation_config!r}, want 'auto' or 'none'")
+        problems = Problems()
+        problems.require(
+            tensor_parallel_size == 1, f"tensor_parallel_size={tensor_parallel_size} is not supported yet, want 1"
+        )
+        problems.require(
+            generation_config in ("auto", "none"), f"generation_config={generation_config!r}, want 'auto' or 'none'"
+        )
+        for name, value, low in (
+            ("max_model_len", max_model_len, 1),
+            ("max_num_seqs", max_num_seqs, 1),
+            ("seed", seed, None),
+        ):
+            ok = (type(value) is int and (low is None or value >= low)) or (value is None and name == "max_model_len")
+            problems.require(ok, f"{name}={value!r}, want an integer" + f" >= {low}" * (low is not None))
+        problems.raise_if_any(RequestError, "LLM")
         where = resolve_device(device)
-        loaded = load_model(model, device=where, dtype=dtype, quantize=quantize, random=random_weights)
+        loaded = load_model(
+            model,
+            device=where,
+            dtype=dtype,
+            quantize=quantize,
+            random=random_weights,
+            use_defaults=generation_config == "auto",
+        )
         config = loaded.config
         auto_kv = "fp8" if loaded.kv_cache_fp8 else loaded.dtype_name
         kv_type = resolve_dtype(kv_dtype, auto_kv, KV_DTYPES, "kv_dtype")
         kv_name = next(name for name, t in KV_DTYPES.items() if t == kv_type)
-        length, num_pages = _size_cache(loaded, kv_name, max_model_len, max_num_seqs, free_bytes(where))
+        length, num_pages = size_cache(config, kv_name, max_model_len, max_num_seqs, free_bytes(where))
         options = EngineOptions(max_model_len=length, num_pages=num_pages, max_num_seqs=max_num_seqs, seed=seed)
         self.config = config
         self.tokenizer = loaded.tokenizer
         self.max_model_len = length
-        self.sampling_defaults = loaded.defaults.sampling if generation_config == "auto" else {}
+        self.sampling_defaults = loaded.defaults.sampling
         self._engine: Engine | None = Engine(config, loaded.weights, kv_dtype=kv_type, options=options)
         self._live: dict[Request, SequenceText] = {}
         if self.sampling_defaults:
@@ -90,7 +106,7 @@ class LLM:
             )
 
     def generate(
-        self, prompts: Prompt | list[Prompt], params: SamplingParams | None = None, *, progress: bool | None = None
+        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | None = None, *, progress: bool | None = None
     ) -> list[Result]:
         """Complete each prompt (text or token ids); results come in the order of the prompts.
 
@@ -127,12 +143,11 @@ class LLM:
     ) -> Iterator[Delta]:
         """Like generate (or chat, for messages) of one prompt, piece by piece; closing the iterator cancels it.
 
-        The last delta carries the whole result.
+        The request is queued when the first delta is asked for. The last delta carries the whole result.
         """
         is_chat = isinstance(prompt, list) and bool(prompt) and isinstance(prompt[0], dict)
         conversation = prepare_chat(self.tokenizer, prompt, thinking) if is_chat else self._plain(prompt)
-        sequences = self._start([conversation], params or SamplingParams())[0]
-        return self._deltas(conversation, sequences)
+        return self._deltas(conversation, params or SamplingParams())
 
     def close(self) -> None:
         """Free the weights and the cache; the object cannot be used afterwards. Closing twice is harmless."""
@@ -152,7 +167,7 @@ class LLM:
 
     def _plain(self, prompt: Prompt) -> Conversation:
         if not isinstance(prompt, str):
-            return Conversation(None, list(prompt))
+            return Conversation(None, _token_ids(prompt))
         if not prompt:
             raise RequestError("the prompt is empty; give at least one character")
         if self.tokenizer is None:
@@ -162,15 +177,20 @@ class LLM:
     def _start(self, conversations: list[Conversation], params: SamplingParams) -> list[list[SequenceText]]:
         """Queue n sequences per conversation; if one is refused, none is left queued."""
         engine = self._open_engine()
+        if not isinstance(params, SamplingParams):
+            raise RequestError(f"params is {type(params).__name__}, want SamplingParams")
         if params.stop and self.tokenizer is None:
             raise RequestError("stop strings need a tokenizer, and this checkpoint has no tokenizer.json")
         started: list[list[SequenceText]] = []
         with contextlib.ExitStack() as undo:
             for conversation in conversations:
+                if params.max_thinking_tokens is not None and conversation.profile is None:
+                    raise RequestError("max_thinking_tokens needs chat with a model that has a reasoning switch")
                 resolved = params.resolve(self.sampling_defaults | conversation.sampling)
                 group = []
                 for index in range(params.n):
                     request = engine.add_request(conversation.token_ids, resolved, sample_index=index)
+                    resolved = dataclasses.replace(resolved, prompt_logprobs=None)  # once per prompt is enough
                     undo.callback(engine.abort, request)
                     group.append(
                         SequenceText(
@@ -182,40 +202,43 @@ class LLM:
         self._live.update((s.request, s) for group in started for s in group)
         return started
 
-    def _step(self) -> int:
-        """One engine step and the text of every sequence it touched; returns the number of new tokens."""
+    def _step(self) -> list[Request]:
+        """One engine step and the text of every sequence it touched; returns the requests that got a token."""
         engine = self._open_engine()
         touched = engine.step()
         for request in touched:
             sequence = self._live[request]
             sequence.advance()
             if sequence.stopped_by is not None:
-                engine.abort(request, "stop", sequence.stopped_by)
+                engine.stop_by_text(request, sequence.stopped_by)
             if request.is_finished:
                 del self._live[request]
-        return len(touched)
+        return touched
 
     def _run(self, conversations: list[Conversation], params: SamplingParams, progress: bool | None) -> list[Result]:
         groups = self._start(conversations, params)
-        pending = [s.request for group in groups for s in group]
+        pending = {s.request for group in groups for s in group}
+        total = len(pending)
         show = progress if progress is not None else len(groups) > 1 and sys.stderr.isatty()
         try:
-            with progress_bar("generating", len(pending), unit="sequences", show=show) as bar:
-                while not all(r.is_finished for r in pending):
-                    tokens = self._step()
-                    bar(sum(r.is_finished for r in pending), tokens)
+            with progress_bar("generating", total, unit="sequences", show=show) as bar:
+                while pending:
+                    touched = self._step()
+                    pending.difference_update(r for r in touched if r.is_finished)
+                    bar(total - len(pending), len(touched))
         finally:
             self._cancel(groups)
-        return [_result(c, group) for c, group in zip(conversations, groups, strict=True)]
+        return [make_result(c, group) for c, group in zip(conversations, groups, strict=True)]
 
-    def _deltas(self, conversation: Conversation, sequences: list[SequenceText]) -> Iterator[Delta]:
+    def _deltas(self, conversation: Conversation, params: SamplingParams) -> Iterator[Delta]:
+        sequences = self._start([conversation], params)[0]
         try:
             while any(not s.request.is_finished or s.deltas for s in sequences):
                 for sequence in sequences:
                     while sequence.deltas:
                         delta = sequence.deltas.popleft()
                         if all(s.request.is_finished and not s.deltas for s in sequences):
-                            delta = dataclasses.replace(delta, result=_result(conversation, sequences))
+                            delta = dataclasses.replace(delta, result=make_result(conversation, sequences))
                         yield delta
                 if any(not s.request.is_finished for s in sequences):
                     self._step()
@@ -229,64 +252,19 @@ class LLM:
             self._live.pop(sequence.request, None)
 
 
-def _as_list(prompts: Prompt | list[Prompt]) -> list[Prompt]:
-    """A single prompt (text, or a list of ids) becomes a list of one."""
-    if isinstance(prompts, str) or (isinstance(prompts, list) and prompts and isinstance(prompts[0], int)):
+def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    """A single prompt (text, or a sequence of ids) becomes a list of one."""
+    if isinstance(prompts, str):
         return [prompts]
-    ok = isinstance(prompts, list) and all(isinstance(p, (str, list)) for p in prompts)
-    if not ok:
-        raise RequestError(f"prompts is {type(prompts).__name__}, want text, a list of token ids, or a list of either")
-    return prompts
+    if not isinstance(prompts, Iterable):
+        raise RequestError(f"prompts is {type(prompts).__name__}, want text, token ids, or a list of either")
+    items = list(prompts)
+    return items if all(isinstance(p, (str, Iterable)) for p in items) and items else [items]
 
 
-def _size_cache(
-    loaded: LoadedModel, kv_dtype: str, max_model_len: int | None, max_num_seqs: int, free: int
-) -> tuple[int, int]:
-    """(max_model_len, pages): as much as all sequences could use, at most KV_MEMORY_SHARE of the free memory.
-
-    Raises:
-        RequestError: max_model_len is out of the model's range.
-        CapacityError: not even one sequence of max_model_len fits.
-    """
-    config = loaded.config
-    length = config.max_position if max_model_len is None else max_model_len
-    if not 1 <= length <= config.max_position:
-        raise RequestError(
-            f"max_model_len={length}, want 1..{config.max_position} (the model's max_position_embeddings)"
-        )
-    budget = int(free * KV_MEMORY_SHARE)
-    affordable = num_pages_that_fit(config, budget, kv_dtype, PAGE_SIZE)
-    if affordable is None:  # no attention anywhere: pages take no memory
-        return length, pages_for(length) * max_num_seqs
-    if max_model_len is None:
-        length = min(length, max(affordable * PAGE_SIZE, 1))
-    if affordable < pages_for(length):
-        needed = pages_for(length) * PAGE_SIZE * kv_bytes_per_token(config, kv_dtype)
-        raise CapacityError(
-            f"a context of {length} tokens needs {needed / 1e9:.2f} GB of KV cache, "
-            f"{budget / 1e9:.2f} GB are available for it ({affordable * PAGE_SIZE} tokens); "
-            "lower max_model_len or use kv_dtype='fp8'"
-        )
-    return length, min(affordable, pages_for(length) * max_num_seqs)
-
-
-def _result(conversation: Conversation, group: list[SequenceText]) -> Result:
-    requests = [s.request for s in group]
-    arrived = min(r.arrived_at for r in requests)
-    first = min(r.first_token_at for r in requests)
-    end = max(r.finished_at for r in requests)
-    generated = sum(len(r.output) for r in requests)
-    return Result(
-        prompt=conversation.text,
-        prompt_token_ids=conversation.token_ids,
-        outputs=[s.completion() for s in group],
-        prompt_logprobs=requests[0].prompt_logprobs or None,
-        usage=Usage(len(conversation.token_ids), generated),
-        timings=Timings(
-            queue_s=min(r.scheduled_at for r in requests) - arrived,
-            ttft_s=first - arrived,
-            decode_s=end - first,
-            total_s=end - arrived,
-            tokens_per_s=generated / max(end - arrived, 1e-9),
-        ),
-    )
+def _token_ids(prompt: Any) -> list[int]:
+    """Token ids of any integer type as plain ints."""
+    try:
+        return [operator.index(token) for token in prompt]
+    except TypeError:
+        raise RequestError(f"a prompt is {prompt!r:.60}, want text or a list of token ids") from None

@@ -12,7 +12,7 @@ import torch
 
 from nemotron_fast.config import ModelConfig
 from nemotron_fast.device import DTYPES, free_bytes, resolve_dtype
-from nemotron_fast.errors import CapacityError, RequestError
+from nemotron_fast.errors import CapacityError, CheckpointError, RequestError
 from nemotron_fast.footprint import weight_bytes
 from nemotron_fast.generation_defaults import GenerationDefaults, read_generation_defaults
 from nemotron_fast.models import resolve_model
@@ -36,11 +36,18 @@ class LoadedModel:
 
 
 def load_model(
-    model: str, *, device: torch.device, dtype: str, quantize: str | None, random: bool = False
+    model: str,
+    *,
+    device: torch.device,
+    dtype: str,
+    quantize: str | None,
+    random: bool = False,
+    use_defaults: bool = True,
 ) -> LoadedModel:
     """Read a checkpoint; the small files first, so that what is wrong is known before the weights are touched.
 
-    With `random` the weights are random and `model` may be a bare config.json.
+    With `random` the weights are random and `model` may be a bare config.json. Without `use_defaults` only the
+    end-of-sequence ids of generation_config.json count.
 
     Raises:
         CheckpointError, ConfigError, CapacityError, RequestError.
@@ -52,10 +59,15 @@ def load_model(
     config = ModelConfig.from_path(model if is_file else folder)
     torch_dtype = resolve_dtype(dtype, config.dtype, DTYPES, "dtype")
     quant = None if random else read_quant_config(folder)
-    defaults = GenerationDefaults() if is_file else read_generation_defaults(folder)
+    defaults = GenerationDefaults() if is_file else read_generation_defaults(folder, sampling=use_defaults)
     has_text = not is_file and (folder / "tokenizer.json").exists()
     tokenizer = Tokenizer.from_folder(folder) if has_text else None
     eos = (*config.eos_token_ids, *defaults.eos_token_ids, *(tokenizer.eos_ids if tokenizer else ()))
+    if foreign := sorted({i for i in eos if i >= config.vocab_size}):
+        raise CheckpointError(
+            f"end-of-sequence ids {foreign} of generation_config.json or the tokenizer are not below "
+            f"vocab_size={config.vocab_size} of config.json; mend the files"
+        )
     config = dataclasses.replace(config, eos_token_ids=tuple(dict.fromkeys(eos)))
     stored_fp8 = quantize == "fp8" or (quant is not None and quant.quantizes_weights)
     dtype_name = config.dtype if dtype == "auto" else dtype

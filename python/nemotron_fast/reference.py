@@ -19,6 +19,7 @@ from nemotron_fast import _C  # noqa: F401  (defines the schemas)
 
 FP8 = torch.float8_e4m3fn
 FP8_MAX = 448.0  # largest finite e4m3
+CHUNK_ELEMENTS = 1 << 22  # of an FP8 weight that are held in FP32
 MIN_SCALE = 1e-12  # of a dynamic scale, so that an all-zero row divides by something
 
 
@@ -58,7 +59,10 @@ def linear(x_TK: Tensor, weight_NK: Tensor, x_scale: Tensor | None, weight_scale
     """x @ weight^T, [T, N]; for FP8 operands in FP32 and times their scales ([1] or one per row)."""
     if weight_NK.dtype != FP8:
         return functional.linear(x_TK, weight_NK)
-    return functional.linear(x_TK.float(), weight_NK.float()) * x_scale.reshape(-1, 1) * weight_scale
+    wide_TK = x_TK.float()
+    rows = max(1, CHUNK_ELEMENTS // max(1, weight_NK.shape[1]))  # widened at a time
+    parts = [functional.linear(wide_TK, part.float()) for part in weight_NK.split(rows)]
+    return torch.cat(parts, -1) * x_scale.reshape(-1, 1) * weight_scale
 
 
 def silu_mul(gate_up_TX: Tensor) -> Tensor:
@@ -168,7 +172,8 @@ def sample(
     seed_S: Tensor,
     step_S: Tensor,
 ) -> Tensor:
-    """One token per row, [S] int64. Temperature 0 takes the largest logit (the lowest id among equals).
+    """One token per row, [S] int64; -1 for a row with a NaN. Temperature 0 takes the largest logit (the lowest
+    id among equals).
 
     Otherwise logits are divided by the temperature and kept where they reach three thresholds: the top_k-th
     largest (0 = off); the smallest of the fewest tokens whose probabilities, renormalised over those kept so
@@ -176,10 +181,12 @@ def sample(
     choice is argmax(p / e) with exponential noise e that depends on (seed, step, token id) alone, so it does
     not depend on the batch or on the order of reduction (the exponential-race form of the Gumbel-max trick).
     """
-    greedy_S = logits_SV.argmax(-1)
+    largest_S1 = logits_SV.amax(-1, keepdim=True)  # NaN if the row has one
+    greedy_S = torch.where(largest_S1[:, 0].isnan(), -1, logits_SV.argmax(-1))
     if not bool(temperature_S.any()):
         return greedy_S
-    scaled_SV = logits_SV / torch.where(temperature_S > 0, temperature_S, 1.0)[:, None]
+    # relative to the largest, so that a tiny temperature cannot overflow
+    scaled_SV = (logits_SV - largest_S1) / torch.where(temperature_S > 0, temperature_S, 1.0)[:, None]
     ordered_SV = scaled_SV.sort(-1, descending=True).values
     size = logits_SV.shape[1]
     last_S = torch.where(top_k_S > 0, top_k_S.clamp(max=size), size).long() - 1
@@ -191,7 +198,8 @@ def sample(
     threshold_S = torch.maximum(threshold_S, ordered_SV[:, :1] + min_p_S[:, None].log())
     kept_SV = torch.where(scaled_SV >= threshold_S, scaled_SV, -torch.inf)
     noise_SV = _exponential_noise(seed_S, step_S, size)
-    return torch.where(temperature_S > 0, (kept_SV - noise_SV.log()).argmax(-1), greedy_S)
+    drawn_S = (kept_SV - noise_SV.log()).argmax(-1)
+    return torch.where((temperature_S > 0) & (greedy_S >= 0), drawn_S, greedy_S)
 
 
 def top_logprobs(logits_SV: Tensor, tokens_S: Tensor, num_top: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -233,23 +241,29 @@ def _mix(x: Tensor) -> Tensor:
     return x ^ ((x >> 31) & ((1 << 33) - 1))
 
 
+def _write(out: Tensor, result: Tensor) -> None:
+    """Round to the type of the given output, which must have the result's shape."""
+    if out.shape != result.shape:
+        raise RuntimeError(f"the output has shape {tuple(out.shape)}, want {tuple(result.shape)}")
+    out.copy_(result)
+
+
 def _returns(function: Callable[..., Any]) -> Callable[..., None]:
     """The op form of a reference that returns what the op writes to its first argument."""
 
     def kernel(out: Tensor, *args: Any) -> None:
-        out.copy_(function(*args))
+        _write(out, function(*args))
 
     return kernel
 
 
 def _add_rms_norm_op(out: Tensor, residual: Tensor, x: Tensor, weight: Tensor, eps: float) -> None:
-    out.copy_(add_rms_norm(residual, x, weight, eps))
+    _write(out, add_rms_norm(residual, x, weight, eps))
 
 
 def _quantize_fp8_per_token_op(out: Tensor, scale: Tensor, x: Tensor) -> None:
-    values, scales = quantize_fp8_per_token(x)
-    out.copy_(values)
-    scale.copy_(scales)
+    for target, result in zip((out, scale), quantize_fp8_per_token(x), strict=True):
+        _write(target, result)
 
 
 def _top_logprobs_op(
@@ -257,7 +271,7 @@ def _top_logprobs_op(
 ) -> None:
     results = top_logprobs(logits, tokens, top_values.shape[1])
     for out, result in zip((chosen, rank, top_values, top_ids), results, strict=True):
-        out.copy_(result)
+        _write(out, result)
 
 
 _KERNELS = {f.__name__: _returns(f) for f in (embed, rms_norm, quantize_fp8, linear, silu_mul, attention, sample)} | {

@@ -87,3 +87,8 @@ class Request:
             return
         self.status, self.finish_reason, self.stop_reason = Status.FINISHED, reason, stop_reason
         self.finished_at = time.perf_counter()
+
+    def finish_by_text(self, stop: str) -> None:
+        """A stop string was found in the text; that counts more than what the last token alone would say."""
+        self.finish("stop", stop)
+        self.finish_reason, self.stop_reason = "stop", stop

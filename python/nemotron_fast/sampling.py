@@ -9,6 +9,8 @@ from torch import Tensor
 from nemotron_fast import ops
 from nemotron_fast.request import Request, TokenLogprob
 
+NAN_TOKEN = -1  # what ops.sample gives for a row of logits with a NaN
+
 
 def sample_tokens(logits_SV: Tensor, requests: list[Request]) -> tuple[list[int], list[TokenLogprob | None]]:
     """The next token of each request, and its log-probability where asked for. `logits_SV` may be changed.
@@ -22,8 +24,10 @@ def sample_tokens(logits_SV: Tensor, requests: list[Request]) -> tuple[list[int]
     _apply_penalties(logits_SV, requests)
     tokens = _sample(logits_SV, requests).tolist()
     for s, request in enumerate(requests):
-        if request.forced:
+        if request.forced and tokens[s] != NAN_TOKEN:
             tokens[s] = request.forced.popleft()
+    if NAN_TOKEN in tokens:
+        return tokens, [None] * len(tokens)
     return tokens, token_logprobs(raw_SV, tokens, [r.params.logprobs for r in requests])
 
 

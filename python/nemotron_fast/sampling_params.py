@@ -53,7 +53,7 @@ class SamplingParams:
     ignore_eos: bool = False
     logprobs: int | None = None  # alternatives per generated token, 0..20; None = no log-probabilities
     prompt_logprobs: int | None = None
-    logit_bias: Mapping[int, float] = field(default_factory=dict)  # token id -> [-100, 100]
+    logit_bias: Mapping[int, float] = field(default_factory=dict, hash=False)  # token id -> [-100, 100]
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
     max_thinking_tokens: int | None = None  # the thought is closed after this many tokens
@@ -63,20 +63,19 @@ class SamplingParams:
         stop = (self.stop,) if isinstance(self.stop, str) else self.stop
         object.__setattr__(self, "stop", _tuple_of(stop, str, "stop", problems))
         object.__setattr__(self, "stop_token_ids", _tuple_of(self.stop_token_ids, int, "stop_token_ids", problems))
+        if self.logit_bias is None:
+            object.__setattr__(self, "logit_bias", {})
         self._check_integers(problems)
         self._check_numbers(problems)
         self._check_collections(problems)
         problems.raise_if_any(RequestError, "sampling parameters")
-        object.__setattr__(self, "logit_bias", {int(k): float(v) for k, v in self.logit_bias.items()})
+        biases = {int(k): float(v) for k, v in self.logit_bias.items()}
+        object.__setattr__(self, "logit_bias", biases)
 
     def resolve(self, defaults: Mapping[str, Any]) -> SamplingParams:
         """These parameters with every None of NEUTRAL filled from `defaults`, else from NEUTRAL."""
         filled = NEUTRAL | {k: defaults[k] for k in NEUTRAL if defaults.get(k) is not None}
         return replace(self, **{k: v for k, v in filled.items() if getattr(self, k) is None})
-
-    @property
-    def is_greedy(self) -> bool:
-        return self.temperature == 0
 
     @property
     def has_penalties(self) -> bool:
@@ -100,8 +99,9 @@ class SamplingParams:
                 continue
             ok = isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
             problems.require(ok, f"{name}={value!r}, want an integer in {low}..{high}")
-        if isinstance(self.max_tokens, int) and isinstance(self.min_tokens, int) and self.min_tokens > self.max_tokens:
-            problems.add(f"min_tokens={self.min_tokens} exceeds max_tokens={self.max_tokens}")
+        low, high = self.min_tokens, self.max_tokens
+        if isinstance(low, int) and isinstance(high, int) and low > high >= 1:
+            problems.add(f"min_tokens={low} exceeds max_tokens={high}")
 
     def _check_numbers(self, problems: Problems) -> None:
         checks = {
@@ -144,6 +144,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _tuple_of(value: Any, kind: type, name: str, problems: Problems) -> tuple:
+    value = () if value is None else value
     items = list(value) if isinstance(value, (list, tuple, set, frozenset)) else None
     ok = items is not None and all(isinstance(i, kind) and not isinstance(i, bool) for i in items)
     return tuple(items) if problems.require(ok, f"{name}={value!r}, want a list of {kind.__name__}") else ()
@@ -157,9 +158,10 @@ def _refuse_unknown_names() -> None:
     @functools.wraps(construct)
     def init(self: SamplingParams, *args: Any, **kwargs: Any) -> None:
         if "max_new_tokens" in kwargs:
-            alias = kwargs.pop("max_new_tokens")
-            if kwargs.setdefault("max_tokens", alias) != alias:
-                raise RequestError(f"max_tokens={kwargs['max_tokens']} and its alias max_new_tokens={alias} differ")
+            given = {kwargs.pop("max_new_tokens"), kwargs.pop("max_tokens", None)} - {None}
+            if len(given) > 1:
+                raise RequestError(f"max_tokens and its alias max_new_tokens differ: {sorted(given, key=str)}")
+            kwargs["max_tokens"] = next(iter(given), None)
         for name in kwargs:
             if name not in names:
                 near = difflib.get_close_matches(name, [*names, "max_new_tokens"], n=1)

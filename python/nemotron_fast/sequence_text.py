@@ -5,8 +5,9 @@ from __future__ import annotations
 
 from collections import deque
 
+from nemotron_fast.conversation import Conversation
 from nemotron_fast.detokenizer import IncrementalDecoder
-from nemotron_fast.outputs import Completion, Delta
+from nemotron_fast.outputs import Completion, Delta, Result, Timings, Usage
 from nemotron_fast.reasoning import ReasoningProfile
 from nemotron_fast.reasoning_stream import ReasoningSplitter, ThinkingBudget
 from nemotron_fast.request import Request
@@ -109,3 +110,26 @@ class SequenceText:
 
     def _close_thought(self) -> None:
         self.request.forced.extend(self._tokenizer.encode(self._budget.close_text, add_special_tokens=False))
+
+
+def make_result(conversation: Conversation, group: list[SequenceText]) -> Result:
+    """The result of a prompt from its n finished sequences."""
+    requests = [s.request for s in group]
+    arrived = min(r.arrived_at for r in requests)
+    first = min(r.first_token_at for r in requests)
+    end = max(r.finished_at for r in requests)
+    generated = sum(len(r.output) for r in requests)
+    return Result(
+        prompt=conversation.text,
+        prompt_token_ids=conversation.token_ids,
+        outputs=[s.completion() for s in group],
+        prompt_logprobs=requests[0].prompt_logprobs or None,
+        usage=Usage(len(conversation.token_ids), generated),
+        timings=Timings(
+            queue_s=min(r.scheduled_at for r in requests) - arrived,
+            ttft_s=first - arrived,
+            decode_s=end - first,
+            total_s=end - arrived,
+            tokens_per_s=generated / max(end - arrived, 1e-9),
+        ),
+    )

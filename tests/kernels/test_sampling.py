@@ -53,6 +53,18 @@ def test_sample_draws_exactly_the_allowed_tokens(options, allowed):
     assert set(sample(LOGITS, 400, **options)) == allowed
 
 
+def test_a_tiny_temperature_is_greedy():
+    assert sample([5.0, 7.0, 6.0], 20, temperature=1e-38) == [1] * 20
+
+
+def test_a_row_with_a_nan_gives_minus_one():
+    logits = torch.tensor([[1.0, math.nan, 2.0], [1.0, 3.0, 2.0]])
+    ones, zeros = torch.ones(2), torch.zeros(2)
+    for temperature in (zeros, ones):
+        got = ops.sample(logits, temperature, zeros.int(), ones, ones, zeros.long(), zeros.long())
+        assert got.tolist() == [-1, 1]
+
+
 def test_equal_logits_are_kept_together():
     assert set(sample([0.0, 1.0, 1.0, 1.0], 200, top_k=2)) == {1, 2, 3}
 

@@ -14,7 +14,14 @@ import torch
 from packages import llama3_tokenizer_folder
 
 from nemotron_fast import LLM, SamplingParams
-from nemotron_fast.errors import CapacityError, CheckpointError, ConfigError, DeviceError, RequestError
+from nemotron_fast.errors import (
+    CapacityError,
+    CheckpointError,
+    ConfigError,
+    DeviceError,
+    NumericsError,
+    RequestError,
+)
 from nemotron_fast.models import demo_folder
 
 GREEDY = {"temperature": 0.0}
@@ -82,6 +89,34 @@ def test_closing_a_stream_cancels_it(llm):
     assert pool_is_free(llm)
 
 
+def test_a_stream_that_never_started_holds_nothing(llm):
+    stream = llm.stream("To be", SamplingParams(max_tokens=5, **GREEDY))
+    assert pool_is_free(llm)
+    stream.close()
+    assert pool_is_free(llm)
+
+
+def test_any_sequence_of_integers_is_a_prompt(llm):
+    np = pytest.importorskip("numpy")
+    params = SamplingParams(max_tokens=4, **GREEDY)
+    want = llm.generate([5, 6, 7], params)[0].outputs[0].token_ids
+    for prompt in ((5, 6, 7), np.array([5, 6, 7]), [np.int64(5), 6, 7]):
+        assert llm.generate(prompt, params)[0].outputs[0].token_ids == want
+    both = llm.generate((np.array([5, 6, 7]), "To be"), params)
+    assert both[0].outputs[0].token_ids == want and both[1].prompt == "To be"
+    with pytest.raises(RequestError, match="params is dict, want SamplingParams"):
+        llm.generate("a", {"temperature": 0})
+
+
+def test_nan_logits_end_with_an_error_instead_of_garbage(llm, monkeypatch):
+    forward = llm._engine.model.forward
+    monkeypatch.setattr(llm._engine.model, "forward", lambda *a: forward(*a).fill_(math.nan))
+    with pytest.raises(NumericsError, match="logits of request .* are NaN with torch.bfloat16"):
+        llm.generate(["To be", "O"])
+    monkeypatch.undo()
+    assert pool_is_free(llm)
+
+
 def test_two_streams_run_side_by_side(llm):
     params = SamplingParams(max_tokens=10, **GREEDY)
     first, second = llm.stream("To be", params), llm.stream("KING", params)
@@ -102,6 +137,10 @@ def test_stop_strings_cut_across_token_borders(llm):
         assert out.text == full[: cut + len(stop) * include]
         assert (out.finish_reason, out.stop_reason) == ("stop", stop)
     assert pool_is_free(llm)
+    last = SamplingParams(max_tokens=len(out.token_ids), stop=stop, **GREEDY)  # found by the very last token
+    deltas = list(llm.stream("To be, or not", last))
+    final = deltas[-1].result.outputs[0]
+    assert deltas[-1].finish_reason == final.finish_reason == "stop" and final.stop_reason == stop
 
 
 def test_stop_token_ids_min_tokens_and_bias(llm):
@@ -144,7 +183,8 @@ def test_logprobs_of_greedy_tokens_lead_their_alternatives(llm):
         ("", {}, RequestError, "the prompt is empty"),
         ([[]], {}, RequestError, "the prompt is empty"),
         ([[10**9]], {}, RequestError, r"prompt holds 1000000000, want token ids in 0\.\."),
-        ([["a"]], {}, RequestError, "prompt holds 'a'"),
+        ([["a"]], {}, RequestError, r"a prompt is \['a'\], want text or a list of token ids"),
+        ("a", {"max_thinking_tokens": 5}, RequestError, "max_thinking_tokens needs chat"),
         ([[5] * 5000], {}, RequestError, "the prompt has 5000 tokens, the context holds 1024"),
         (3.5, {}, RequestError, "prompts is float"),
         ("a", {"logit_bias": {10**6: 1}}, RequestError, "logit_bias or stop_token_ids holds 1000000"),
@@ -164,6 +204,8 @@ def test_bad_requests_leave_nothing_behind(llm, prompts, options, error, message
         ({"dtype": "int8"}, RequestError, "dtype='int8', want 'auto' or one of bfloat16"),
         ({"kv_dtype": "int4"}, RequestError, "kv_dtype='int4'"),
         ({"quantize": "int3"}, RequestError, "quantize='int3'"),
+        ({"max_num_seqs": 0}, RequestError, "max_num_seqs=0, want an integer >= 1"),
+        ({"seed": "x", "max_model_len": 1.5}, RequestError, "2 problems: max_model_len=1.5.*seed='x'"),
         ({"max_model_len": 4096}, RequestError, r"max_model_len=4096, want 1\.\.1024"),
         ({"tensor_parallel_size": 2}, RequestError, "tensor_parallel_size=2"),
         ({"generation_config": "maybe"}, RequestError, "generation_config='maybe'"),
@@ -206,6 +248,10 @@ def test_defaults_of_the_checkpoint_are_used_said_once_and_can_be_turned_off(tmp
     assert "temperature" not in capsys.readouterr().err
     (folder / "generation_config.json").write_text(json.dumps({"temperature": -1}))
     with pytest.raises(CheckpointError, match="temperature=-1"):
+        LLM(str(folder), device="cpu")
+    LLM(str(folder), device="cpu", generation_config="none").close()
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [9, 999_999]}))
+    with pytest.raises(CheckpointError, match=r"end-of-sequence ids \[999999\] .* vocab_size=1536"):
         LLM(str(folder), device="cpu")
 
 

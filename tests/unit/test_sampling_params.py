@@ -54,10 +54,20 @@ def test_alias_of_max_tokens_and_single_stop_string():
     assert (params.max_tokens, params.stop, params.logit_bias) == (4, ("x",), {7: 1.0})
 
 
+def test_none_is_unset_and_params_are_hashable():
+    unset = SamplingParams(stop=None, stop_token_ids=None, logit_bias=None, max_tokens=None, max_new_tokens=5)
+    assert unset == SamplingParams(max_tokens=5) and hash(unset) == hash(SamplingParams(max_tokens=5))
+
+
+def test_min_tokens_is_not_compared_with_an_invalid_max_tokens():
+    with pytest.raises(RequestError, match="1 problem: max_tokens=-1"):
+        SamplingParams(max_tokens=-1)
+
+
 def test_own_values_come_before_the_checkpoint_and_that_before_neutral():
     params = SamplingParams(temperature=0.0).resolve({"temperature": 0.6, "top_p": 0.95, "eos_token_id": 3})
     assert (params.temperature, params.top_p, params.top_k, params.repetition_penalty) == (0.0, 0.95, 0, 1.0)
-    assert params.is_greedy and not params.has_penalties
+    assert not params.has_penalties
 
 
 def test_the_constructor_keeps_its_signature():
