@@ -58,7 +58,8 @@ class ChatTemplate:
         self._variables = ALLOWED_VARIABLES | set(extra_variables)
         self._sandbox = Sandbox(limits, now)
         try:
-            self._template = self._sandbox.from_string(source)
+            with self._sandbox.metered():
+                self._template = self._sandbox.from_string(source)
         except jinja2.TemplateSyntaxError as error:
             raise ChatTemplateError(f"chat template, line {error.lineno}: {error.message}") from error
         except Exception as error:  # such as RecursionError on very deep nesting
@@ -90,7 +91,7 @@ class ChatTemplate:
         }
         try:
             with self._sandbox.metered():
-                return self._sandbox.join(self._template.generate(context))
+                return self._sandbox.output(self._template.generate(context))
         except LimitError as error:
             raise ChatTemplateError(f"chat template goes beyond its limits: {error}") from error
         except jinja2.TemplateError as error:

@@ -15,7 +15,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from nemotron_fast.errors import CheckpointError, Problems
-from nemotron_fast.safetensors_file import MAX_HEADER_BYTES, TensorInfo, load_json, read_header
+from nemotron_fast.files import member, read_json
+from nemotron_fast.safetensors_file import MAX_HEADER_BYTES, TensorInfo, read_header
 from nemotron_fast.sharding import Span
 
 if TYPE_CHECKING:
@@ -120,35 +121,10 @@ class Checkpoint:
         self.close()
 
 
-def member(folder: Path, name: str) -> Path:
-    """The regular file `name` in `folder`.
-
-    A link may not leave the folder, except into the `blobs` folder of a Hugging Face cache
-    (<repo>/snapshots/<revision>/file -> <repo>/blobs/...).
-
-    Raises:
-        CheckpointError: not a plain name, not there, not a regular file, or outside the folder.
-    """
-    if not name or name in (".", "..") or any(c in name for c in "/\\\0"):
-        raise CheckpointError(f"{name!r} must be the plain name of a file in {folder}")
-    try:
-        real, root = (folder / name).resolve(), folder.resolve()
-        is_file = real.is_file()
-    except (OSError, RuntimeError) as error:  # a loop of links, a name that is too long
-        raise CheckpointError(f"cannot follow {name[:80]!r} in {folder}: {error}") from None
-    allowed = [root] + ([root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [])
-    if not any(real.is_relative_to(place) for place in allowed):
-        raise CheckpointError(f"{folder / name} is a link out of its folder, to {real}; copy the file instead")
-    if not is_file:
-        raise CheckpointError(f"{folder / name} is missing or not a regular file; download it again")
-    return folder / name
-
-
 def _read_shards(folder: Path) -> dict[str, TensorInfo]:
-    path = member(folder, INDEX_FILE)
-    if path.stat().st_size > MAX_HEADER_BYTES:
-        raise CheckpointError(f"{path} has {path.stat().st_size} bytes, want at most {MAX_HEADER_BYTES}")
-    listed = load_json(path.read_bytes(), str(path)).get("weight_map")
+    path = folder / INDEX_FILE
+    index = read_json((folder, INDEX_FILE), MAX_HEADER_BYTES, CheckpointError, unique_keys=True)
+    listed = index.get("weight_map")
     if not isinstance(listed, dict) or not all(isinstance(file, str) for file in listed.values()):
         raise CheckpointError(f"{path} has no weight_map of tensor names to file names")
     problems, tensors = Problems(), {}

@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from nemotron_fast.errors import ConfigError, Problems
+from nemotron_fast.files import read_json
 
 MAX_CONFIG_BYTES = 16 << 20
+_FOUND_BESIDE = "hf_quant_config.json"  # never named by the user: it lies in the folder of a config.json
 
 # fmt: off
 # Keys that say nothing about what inference computes, or that are read elsewhere (quantisation).
@@ -33,24 +34,19 @@ _REQUIRED_VALUES = {
 
 
 def read_config_json(path: str | Path) -> dict[str, Any]:
-    """The parsed config.json at `path` (the file or its folder).
+    """The parsed config.json at `path`: the file, which may be a link, or its folder, which a link may not leave.
 
     Raises:
-        ConfigError: no such file, larger than 16 MiB, or not JSON.
+        ConfigError: no such file, a link out of the folder, larger than 16 MiB, or not a JSON object.
     """
     file = Path(path)
-    if file.is_dir():
-        file = file / "config.json"
-    try:
-        if file.stat().st_size > MAX_CONFIG_BYTES:
-            raise ConfigError(f"{file} has {file.stat().st_size} bytes, want at most {MAX_CONFIG_BYTES}")
-        return json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(
-            f"cannot read {file}: {error.strerror}; give a checkpoint folder or its config.json"
-        ) from None
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{file} is not JSON: {error}") from None
+    named_by_folder = file.is_dir()
+    file = file / "config.json" if named_by_folder else file
+    if not file.exists():
+        raise ConfigError(f"cannot read {file}: No such file; give a checkpoint folder or its config.json")
+    if named_by_folder or file.name == _FOUND_BESIDE:
+        return read_json((file.parent, file.name), MAX_CONFIG_BYTES, ConfigError)
+    return read_json(file, MAX_CONFIG_BYTES, ConfigError)
 
 
 class ConfigReader:

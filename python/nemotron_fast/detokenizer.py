@@ -21,11 +21,19 @@ class IncrementalDecoder:
         self._utf8 = _new_utf8_decoder(errors="replace")
         self._may_strip = tokenizer.strips_first_space
 
+    @property
+    def mid_character(self) -> bool:
+        """Whether the tokens so far end inside a character: what is put in now would make it U+FFFD."""
+        return bool(self._utf8.getstate()[0])
+
     def push(self, token_id: int) -> str:
         """The text that this token completes: "" while a character is open, never half a character.
 
+        An id that the tokenizer does not know gives "" and changes nothing: a model whose embedding is padded
+        beyond the vocabulary can sample one.
+
         Raises:
-            RequestError: the id is not in the vocabulary. The decoder is as it was before.
+            RequestError: an id below 0. The decoder is as it was before.
         """
         if token_id in self._skipped:
             return ""

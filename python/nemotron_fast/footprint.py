@@ -1,64 +1,138 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How many bytes the parts of a model take on one rank: weights, KV cache, workspace."""
+"""How many bytes the parts of a model take on one rank: weights, KV cache, workspace.
+
+What a weight is held in: a linear or lm_head that the checkpoint stores in FP8 (`quant`) stays so; with
+quantize="fp8" every linear becomes FP8, with a scale per output row; all else is of `dtype` ("auto": the
+checkpoint's).
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from functools import lru_cache
+
 from nemotron_fast.blocks import Attention, GatedMLP
 from nemotron_fast.config import ModelConfig
-from nemotron_fast.errors import RequestError
-from nemotron_fast.sharding import Param, head_spans, param_plan, split_span
+from nemotron_fast.dtypes import DTYPE_BYTES, FLOAT_BYTES, FP8, SCALE_BYTES, dtype_name
+from nemotron_fast.errors import CheckpointError, RequestError
+from nemotron_fast.pages import PAGE_SIZE
+from nemotron_fast.quant_config import Fp8Scheme, QuantConfig
+from nemotron_fast.sharding import Param, Piece, head_spans, param_plan, split_span
 
-DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "fp8": 1}
-SCALE_BYTES = 4  # one float32 per output row of an FP8 linear
+ON_LOAD = Fp8Scheme("channel", "dynamic")  # what quantize="fp8" makes of a linear
 
 
-def resolve_dtype(dtype: str, config: ModelConfig) -> str:
-    """`dtype`, or the checkpoint's for "auto".
+def scheme_of(quant: QuantConfig | None, param: Param, piece: Piece) -> Fp8Scheme | None:
+    """How the piece is quantised in the checkpoint; embeddings and norms never are."""
+    if quant is None or param.kind not in ("linear", "lm_head"):
+        return None
+    return _scheme_for(quant, piece.tensor.removesuffix(".weight"))
+
+
+@lru_cache(maxsize=8192)
+def _scheme_for(quant: QuantConfig, module: str) -> Fp8Scheme | None:
+    """Remembered, since a plan asks for every rank, and a mixed checkpoint has a pattern per linear."""
+    return quant.scheme_for(module)
+
+
+def count_fp8_linears(params: Iterable[Param], quant: QuantConfig | None) -> tuple[int, int]:
+    """(tensors of linears that the checkpoint holds in FP8, tensors of linears)."""
+    linears = [(param, piece) for param in params if param.kind == "linear" for piece in param.pieces]
+    return sum(scheme_of(quant, *pair) is not None for pair in linears), len(linears)
+
+
+def linear_dtype(
+    config: ModelConfig, *, dtype: str = "auto", quantize: str | None = None, quant: QuantConfig | None = None
+) -> str:
+    """What the linears are held in: "fp8", the name of `dtype`, or "partly fp8".
 
     Raises:
-        RequestError: not one of DTYPE_BYTES.
+        RequestError: `dtype` or `quantize` is not known.
+        CheckpointError: quantize="fp8" of a partly quantised checkpoint.
     """
-    name = config.dtype if dtype == "auto" else dtype
-    if name not in DTYPE_BYTES:
-        raise RequestError(f"dtype {dtype!r} is not known, want auto, {', '.join(DTYPE_BYTES)}")
-    return name
+    name = dtype_name(dtype, config.dtype, FLOAT_BYTES)
+    if quantize not in (None, FP8):
+        raise RequestError(f"quantize={quantize!r}, want 'fp8' or None")
+    stored, total = count_fp8_linears(param_plan(config), quant)
+    if quantize is not None and 0 < stored < total:
+        raise CheckpointError(
+            f"quantize='fp8' on a checkpoint with {stored} of {total} linears in FP8 already; "
+            "leave quantize out, or give the unquantised checkpoint"
+        )
+    if quantize is not None or 0 < stored == total:
+        return FP8
+    return f"partly {FP8}" if stored else name
 
 
-def param_bytes(param: Param, config: ModelConfig, weight_dtype: str = "auto") -> tuple[int, int]:
-    """Bytes of one parameter and of its scales.
+def param_bytes(
+    param: Param,
+    config: ModelConfig,
+    *,
+    dtype: str = "auto",
+    quantize: str | None = None,
+    quant: QuantConfig | None = None,
+) -> tuple[int, int]:
+    """Bytes of one parameter and of its scales: those of its weight, at most, and of its input.
 
-    With "fp8" only the linears are FP8 (1 byte, and a float32 scale per output row); embedding, norms and
-    lm_head stay in the checkpoint's dtype.
+    Fused tensors with a scale each share one if all are equal, which only the checkpoint tells: here they are
+    counted as one per row, as they are held otherwise.
     """
-    dtype = resolve_dtype(weight_dtype, config)
-    if dtype != "fp8":
-        return param.numel * DTYPE_BYTES[dtype], 0
-    if param.kind == "linear":
-        return param.numel, param.shape[0] * SCALE_BYTES
-    return param.numel * DTYPE_BYTES[config.dtype], 0
+    width = FLOAT_BYTES[dtype_name(dtype, config.dtype, FLOAT_BYTES)]
+    weights = scales = 0
+    has_input_scale = False
+    for piece in param.pieces:
+        scheme = scheme_of(quant, param, piece)
+        if scheme is None and quantize is not None and param.kind == "linear":
+            scheme = ON_LOAD
+        elements = len(piece.rows) * (1 if piece.cols is None else len(piece.cols))
+        weights += elements * (width if scheme is None else DTYPE_BYTES[FP8])
+        if scheme is not None:
+            is_one = scheme.weight == "tensor" and len(param.pieces) == 1
+            scales += SCALE_BYTES * (1 if is_one else len(piece.rows))
+            has_input_scale |= scheme.activation == "static"
+    return weights, scales + SCALE_BYTES * has_input_scale
 
 
 def weight_bytes_by_kind(
-    config: ModelConfig, weight_dtype: str = "auto", rank: int = 0, size: int = 1
+    config: ModelConfig,
+    *,
+    dtype: str = "auto",
+    quantize: str | None = None,
+    quant: QuantConfig | None = None,
+    rank: int = 0,
+    size: int = 1,
 ) -> dict[str, int]:
-    """Bytes of one rank's weights by kind of parameter (embed, linear, norm, lm_head), plus "scales"."""
+    """Bytes of one rank's weights by kind of parameter (embed, linear, norm, lm_head), plus "scales".
+
+    Raises:
+        RequestError, CheckpointError: see `linear_dtype`.
+        CapacityError: the model cannot be split over `size` ranks.
+    """
+    linear_dtype(config, dtype=dtype, quantize=quantize, quant=quant)
     out = dict.fromkeys(("embed", "linear", "norm", "lm_head", "scales"), 0)
     for param in param_plan(config, rank, size):
-        weights, scales = param_bytes(param, config, weight_dtype)
+        weights, scales = param_bytes(param, config, dtype=dtype, quantize=quantize, quant=quant)
         out[param.kind] += weights
         out["scales"] += scales
     return out
 
 
-def weight_bytes(config: ModelConfig, weight_dtype: str = "auto", rank: int = 0, size: int = 1) -> int:
-    """Bytes of one rank's weights, without scales."""
-    parts = weight_bytes_by_kind(config, weight_dtype, rank, size)
-    return sum(parts.values()) - parts["scales"]
+def weight_bytes(
+    config: ModelConfig,
+    *,
+    dtype: str = "auto",
+    quantize: str | None = None,
+    quant: QuantConfig | None = None,
+    rank: int = 0,
+    size: int = 1,
+) -> int:
+    """Bytes that loading takes on one rank: weights and scales. Raises as `weight_bytes_by_kind`."""
+    return sum(weight_bytes_by_kind(config, dtype=dtype, quantize=quantize, quant=quant, rank=rank, size=size).values())
 
 
 def kv_bytes_per_token(config: ModelConfig, kv_dtype: str = "auto", rank: int = 0, size: int = 1) -> int:
     """Bytes of K and V of one token on one rank: 2 * K * D * width, summed over the attention blocks."""
-    width = DTYPE_BYTES[resolve_dtype(kv_dtype, config)]
+    width = DTYPE_BYTES[dtype_name(kv_dtype, config.dtype, what="kv_dtype")]
     heads = sum(
         len(head_spans(config.num_heads, sub.op.num_kv_heads, rank, size)[1]) for sub in config.attention_blocks
     )
@@ -69,7 +143,7 @@ def num_pages_that_fit(
     config: ModelConfig,
     free_bytes: int,
     kv_dtype: str = "auto",
-    page_size: int = 64,
+    page_size: int = PAGE_SIZE,
     rank: int = 0,
     size: int = 1,
 ) -> int | None:
@@ -79,17 +153,24 @@ def num_pages_that_fit(
 
 
 def workspace_bytes(
-    config: ModelConfig, *, num_tokens: int, num_seqs: int, page_size: int = 64, rank: int = 0, size: int = 1
+    config: ModelConfig,
+    *,
+    num_tokens: int,
+    num_seqs: int,
+    dtype: str = "auto",
+    page_size: int = PAGE_SIZE,
+    rank: int = 0,
+    size: int = 1,
 ) -> dict[str, int]:
     """Buffers of one rank, an upper bound: nothing is fused away, one sub-block's buffers live at a time.
 
-    With T = num_tokens and S = num_seqs in a step, `a` bytes per element, `_r` meaning this rank's share:
+    With T = num_tokens and S = num_seqs in a step, `a` bytes per element of `dtype`, `_r` meaning this rank's share:
         activations  T * a * (2 E + widest sub-block), which is
                      attention (2 H_r + 2 K_r) D + E, FFN 3 F_r + E, linear 2 E
         logits       S * (V_r a + 2 V 4): the rank's own, gathered float32 logits and one sorted copy
         tables       max_position * D * 4 (cos and sin) + S * max_position / page_size * 4 (page table)
     """
-    act = DTYPE_BYTES[config.dtype]
+    act = FLOAT_BYTES[dtype_name(dtype, config.dtype, FLOAT_BYTES)]
     hidden, dim, vocab = config.hidden_size, config.head_dim, config.vocab_size
     widest = 0
     for sub in config.sub_blocks:

@@ -3,13 +3,16 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from nemotron_fast.errors import CheckpointError
+from nemotron_fast.files import read_json
 from nemotron_fast.sampling_params import NEUTRAL, SamplingParams
+
+GENERATION_FILE = "generation_config.json"
+MAX_GENERATION_BYTES = 16 << 20
 
 
 @dataclass(frozen=True)
@@ -26,13 +29,11 @@ def read_generation_defaults(folder: Path, *, sampling: bool = True) -> Generati
     Without `sampling` only the end-of-sequence ids are looked at.
 
     Raises:
-        CheckpointError: the file is not JSON, or holds values out of range.
+        CheckpointError: the file cannot be read, is a link out of the folder, or holds values out of range.
     """
-    file = folder / "generation_config.json"
-    if not file.exists():
-        return GenerationDefaults()
+    file = folder / GENERATION_FILE
+    raw = read_json((folder, GENERATION_FILE), MAX_GENERATION_BYTES, CheckpointError, optional=True)
     try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
         values = {k: raw[k] for k in NEUTRAL if sampling and raw.get(k) is not None}
         if sampling and raw.get("do_sample") is False:
             values = {"temperature": 0.0} | {k: v for k, v in values.items() if k == "repetition_penalty"}
@@ -40,5 +41,5 @@ def read_generation_defaults(folder: Path, *, sampling: bool = True) -> Generati
         eos = raw.get("eos_token_id")
         eos_ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
         return GenerationDefaults(values, tuple(int(i) for i in eos_ids))
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{file} cannot be used: {error}; mend it or pass generation_config='none'") from None

@@ -12,15 +12,17 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from nemotron_fast.config import ModelConfig
+from nemotron_fast.dtypes import FLOAT_BYTES, FP8, STORED_NAMES
 from nemotron_fast.errors import CheckpointError, Problems
-from nemotron_fast.quant_config import Fp8Scheme, QuantConfig
-from nemotron_fast.sharding import Param, Piece, param_plan
+from nemotron_fast.footprint import scheme_of
+from nemotron_fast.quant_config import QuantConfig
+from nemotron_fast.sharding import param_plan
 
 if TYPE_CHECKING:
     from nemotron_fast.checkpoint import Checkpoint
 
-FLOATS = ("BF16", "F16", "F32")
-FP8 = ("F8_E4M3",)
+FLOATS = tuple(STORED_NAMES[name] for name in FLOAT_BYTES)
+QUANTIZED = (STORED_NAMES[FP8],)
 MOST_NAMES = 6  # of a list in a message
 # Tables that some exporters store and that are computed here.
 _ROTARY = re.compile(r"(.*\.)?rotary_emb\.(inv_freq|cos_cached|sin_cached)")
@@ -40,13 +42,6 @@ class Inventory:
 
     required: dict[str, Want] = field(default_factory=dict)
     one_of: list[tuple[str, ...]] = field(default_factory=list)  # spellings of one optional scalar: at most one
-
-
-def scheme_of(quant: QuantConfig | None, param: Param, piece: Piece) -> Fp8Scheme | None:
-    """How the piece is quantised in the checkpoint; embeddings and norms never are."""
-    if quant is None or param.kind not in ("linear", "lm_head"):
-        return None
-    return quant.scheme_for(piece.tensor.removesuffix(".weight"))
 
 
 def scale_name(tensor: str, kind: str) -> str:
@@ -108,7 +103,7 @@ def _expected(config: ModelConfig, quant: QuantConfig | None, problems: Problems
             parts = ", ".join(p.tensor for p in param.pieces)
             problems.add(f"{parts} share their input but not their quantisation")
         for piece, scheme in zip(param.pieces, schemes, strict=True):
-            inventory.required[piece.tensor] = Want((piece.shape,), FP8 if scheme else FLOATS)
+            inventory.required[piece.tensor] = Want((piece.shape,), QUANTIZED if scheme else FLOATS)
             if scheme:
                 channel = ((piece.shape[0], 1), (piece.shape[0],))
                 scales = channel if scheme.weight == "channel" else _SCALAR

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from nemotron_fast.checkpoint import Checkpoint
 from nemotron_fast.errors import CheckpointError
-from nemotron_fast.inventory import scale_name, scheme_of
+from nemotron_fast.footprint import scheme_of
+from nemotron_fast.inventory import scale_name
 from nemotron_fast.quant_config import QuantConfig
 from nemotron_fast.quantize import quantize_rows, row_scales
 from nemotron_fast.sharding import Param, Piece, Span

@@ -16,9 +16,11 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from nemotron_fast.config import ModelConfig
-from nemotron_fast.errors import CapacityError, RequestError
-from nemotron_fast.footprint import kv_bytes_per_token, num_pages_that_fit, resolve_dtype, weight_bytes
+from nemotron_fast.dtypes import FLOAT_BYTES, FP8, dtype_name
+from nemotron_fast.errors import CapacityError, CheckpointError, RequestError
+from nemotron_fast.footprint import kv_bytes_per_token, linear_dtype, num_pages_that_fit, weight_bytes
 from nemotron_fast.hardware import Gpu, custom_gpu
+from nemotron_fast.quant_config import QuantConfig
 from nemotron_fast.rank_plan import PlanOptions, RankPlan, plan_rank
 
 __all__ = [
@@ -45,6 +47,13 @@ class Plan:
     max_model_len: int | None  # as asked
     budget: int  # per rank
     ranks: tuple[RankPlan, ...]
+    quant: QuantConfig | None = None  # how the checkpoint is quantised
+
+    @property
+    def weight_dtype(self) -> str:
+        """Of the linears: "fp8", "partly fp8", or the name of a float type."""
+        options = self.options
+        return linear_dtype(self.config, dtype=options.dtype, quantize=options.quantize, quant=self.quant)
 
     @property
     def weights_fit(self) -> bool:
@@ -111,7 +120,7 @@ class Plan:
         weights, context_kv = worst.weights + worst.scales, gigabytes(need)
         raise CapacityError(
             f"does not fit on {where}: needs {gigabytes(worst.total + need)} ({gigabytes(weights)} "
-            f"{self.options.weight_dtype} weights, {gigabytes(worst.total - weights)} workspace and reserve, "
+            f"{self.weight_dtype} weights, {gigabytes(worst.total - weights)} workspace and reserve, "
             f"{context_kv} {self.options.kv_dtype} KV for {context} tokens), has {gigabytes(self.budget)}; "
             f"{_advice(self, wanted)}"
         )
@@ -130,6 +139,7 @@ class Plan:
         return {
             "gpu": asdict(self.gpu),
             "options": asdict(self.options),
+            "weight_dtype": self.weight_dtype,
             "max_model_len": self.max_model_len,
             "max_position": self.config.max_position,
             "budget_bytes": self.budget,
@@ -156,23 +166,30 @@ def gigabytes(num_bytes: int) -> str:
     return f"{num_bytes / 1e9:.2f} GB"
 
 
-def plan(config: ModelConfig, *, gpu: Gpu | int, max_model_len: int | None = None, **options: Any) -> Plan:
+def plan(
+    config: ModelConfig,
+    *,
+    gpu: Gpu | int,
+    quant: QuantConfig | None = None,
+    max_model_len: int | None = None,
+    **options: Any,
+) -> Plan:
     """Plan the memory of `tp` equal GPUs.
 
     Args:
         gpu: a Gpu of hardware.py, or the usable bytes of one device.
+        quant: how the checkpoint is quantised; None: not at all.
         max_model_len: tokens of context that must fit; checked by `Plan.require`, not here.
         options: fields of PlanOptions.
 
     Raises:
         RequestError: an option out of range. CapacityError: the heads cannot be split over `tp` ranks.
+        CheckpointError: quantize="fp8" of a partly quantised checkpoint.
     """
     chosen = PlanOptions(**options)
-    chosen = replace(
-        chosen,
-        weight_dtype=resolve_dtype(chosen.weight_dtype, config),
-        kv_dtype=resolve_dtype(chosen.kv_dtype, config),
-    )
+    dtype = dtype_name(chosen.dtype, config.dtype, FLOAT_BYTES)
+    auto_kv = FP8 if quant is not None and quant.kv_cache_fp8 else dtype
+    chosen = replace(chosen, dtype=dtype, kv_dtype=dtype_name(chosen.kv_dtype, auto_kv, what="kv_dtype"))
     for name in ("tp", "max_num_seqs", "max_batched_tokens", "page_size"):
         if getattr(chosen, name) < 1:
             raise RequestError(f"{name}={getattr(chosen, name)}, want at least 1")
@@ -182,8 +199,8 @@ def plan(config: ModelConfig, *, gpu: Gpu | int, max_model_len: int | None = Non
         raise RequestError(f"max_model_len={max_model_len}, want at least 1")
     device = custom_gpu(gpu) if isinstance(gpu, int) else gpu
     budget = int(device.memory_bytes * chosen.memory_fraction)
-    ranks = tuple(plan_rank(config, chosen, budget, rank) for rank in range(chosen.tp))
-    return Plan(config, device, chosen, max_model_len, budget, ranks)
+    ranks = tuple(plan_rank(config, chosen, budget, rank, quant) for rank in range(chosen.tp))
+    return Plan(config, device, chosen, max_model_len, budget, ranks, quant)
 
 
 def _advice(found: Plan, wanted: int | None) -> str:
@@ -191,8 +208,8 @@ def _advice(found: Plan, wanted: int | None) -> str:
     fits = []
     if wanted and found.max_context >= found.options.page_size:
         fits.append(f"max_model_len up to {found.max_context}")
-    fp8 = {"weight_dtype": "fp8"}
-    for name, change in (("FP8 KV", {"kv_dtype": "fp8"}), ("FP8 weights", fp8), ("FP8", fp8 | {"kv_dtype": "fp8"})):
+    fp8, fp8_kv = {"quantize": FP8}, {"kv_dtype": FP8}
+    for name, change in (("FP8 KV", fp8_kv), ("FP8 weights", fp8), ("FP8", fp8 | fp8_kv)):
         if _holds_with(found, wanted, change):
             fits.append(name)
             break
@@ -211,6 +228,6 @@ def _holds_with(found: Plan, wanted: int | None, change: dict[str, Any]) -> bool
     if options | change == options:
         return False
     try:
-        return plan(found.config, gpu=found.gpu, **(options | change)).holds(wanted)
-    except CapacityError:  # the heads cannot be split that way
+        return plan(found.config, gpu=found.gpu, quant=found.quant, **(options | change)).holds(wanted)
+    except (CapacityError, CheckpointError):  # the heads cannot be split that way; partly quantised already
         return False

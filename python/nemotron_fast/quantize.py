@@ -20,13 +20,13 @@ from torch import Tensor
 
 from nemotron_fast.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint, member
 from nemotron_fast.config import ModelConfig, read_config_json
+from nemotron_fast.dtypes import FP8, FP8_MAX, STORED_NAMES
 from nemotron_fast.errors import CapacityError, CheckpointError
 from nemotron_fast.inventory import scale_name
 from nemotron_fast.quant_config import MODELOPT_FILE, parse_quant_config
 from nemotron_fast.safetensors_file import TensorInfo, Writer
 from nemotron_fast.sharding import param_plan
 
-FP8_MAX = 448.0  # largest float8_e4m3fn
 SHARD_BYTES = 4 << 30
 # What is copied beside the weights. Code is copied for other engines (config.json names it); it is never run here.
 _COPIED = (
@@ -141,10 +141,12 @@ def _plan_shards(checkpoint: Checkpoint, config: ModelConfig, shard_bytes: int) 
     shards: list[dict[str, TensorInfo]] = [{}]
     for param in param_plan(config):
         for piece in param.pieces:
-            dtype = "F8_E4M3" if param.kind == "linear" else checkpoint.dtype(piece.tensor)
+            dtype = STORED_NAMES[FP8] if param.kind == "linear" else checkpoint.dtype(piece.tensor)
             new = {piece.tensor: TensorInfo("", dtype, piece.shape)}
             if param.kind == "linear":
-                new[scale_name(piece.tensor, "weight_scale")] = TensorInfo("", "F32", (piece.shape[0], 1))
+                new[scale_name(piece.tensor, "weight_scale")] = TensorInfo(
+                    "", STORED_NAMES["float32"], (piece.shape[0], 1)
+                )
             if shards[-1] and _nbytes(shards[-1]) + _nbytes(new) > shard_bytes:
                 shards.append({})
             shards[-1].update(new)

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from nemotron_fast.config import ModelConfig
 from nemotron_fast.footprint import kv_bytes_per_token, weight_bytes_by_kind, workspace_bytes
+from nemotron_fast.pages import PAGE_SIZE
+from nemotron_fast.quant_config import QuantConfig
 
 CONTEXT_BYTES = 600_000_000  # CUDA context with loaded kernels; a bare one took 552 MB on an H200, driver 580
 GRAPH_BYTES = 400_000_000  # captured graphs, stream-K and split-KV partial sums; assumed
@@ -15,14 +17,15 @@ NCCL_BYTES = 500_000_000  # communicator buffers, only with several ranks; assum
 
 @dataclass(frozen=True)
 class PlanOptions:
-    """What the memory is planned for. The defaults of the dtypes are the checkpoint's."""
+    """What the memory is planned for. "auto" is what the checkpoint says."""
 
     tp: int = 1  # ranks
-    weight_dtype: str = "auto"  # of the linears: a key of DTYPE_BYTES, or "auto"
-    kv_dtype: str = "auto"
+    dtype: str = "auto"  # of activations and unquantised weights: a key of dtypes.FLOAT_BYTES, or "auto"
+    quantize: str | None = None  # "fp8": the linears become FP8, unless they are already
+    kv_dtype: str = "auto"  # a key of dtypes.DTYPE_BYTES, or "auto"
     max_num_seqs: int = 256  # sequences in one step
     max_batched_tokens: int = 2048  # tokens in one step: a prefill chunk; GEMMs are compute-bound there
-    page_size: int = 64  # tokens
+    page_size: int = PAGE_SIZE  # tokens
     memory_fraction: float = 0.95  # of the usable memory; the rest absorbs what is not planned
     reserve_bytes: int | None = None  # None: the constants above
 
@@ -49,18 +52,24 @@ class RankPlan:
     read_per_step: int  # weights and scales that one decode step reads
 
 
-def plan_rank(config: ModelConfig, options: PlanOptions, budget: int, rank: int) -> RankPlan:
+def plan_rank(
+    config: ModelConfig, options: PlanOptions, budget: int, rank: int, quant: QuantConfig | None = None
+) -> RankPlan:
     """The memory of one rank; `options` with resolved dtypes, `budget` in bytes.
 
     Raises:
         CapacityError: the heads cannot be split over `options.tp` ranks.
+        CheckpointError: `options.quantize` of a partly quantised checkpoint.
     """
-    parts = weight_bytes_by_kind(config, options.weight_dtype, rank, options.tp)
+    parts = weight_bytes_by_kind(
+        config, dtype=options.dtype, quantize=options.quantize, quant=quant, rank=rank, size=options.tp
+    )
     scales = parts.pop("scales")
     work = workspace_bytes(
         config,
         num_tokens=options.max_batched_tokens,
         num_seqs=options.max_num_seqs,
+        dtype=options.dtype,
         page_size=options.page_size,
         rank=rank,
         size=options.tp,

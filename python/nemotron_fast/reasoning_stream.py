@@ -13,6 +13,9 @@ if TYPE_CHECKING:
 CLOSE_TEXT = "\n</think>\n\n"
 """What is forced after a thought that has used up its budget."""
 
+GRACE_TOKENS = 8
+"""How far a thought may go beyond its budget to finish a tag or a character; `</think>` has 8 characters."""
+
 Piece = tuple[Literal["reasoning", "content"], str]
 
 
@@ -124,15 +127,19 @@ class ThinkingBudget:
         """Whether to close before the first token: a budget of 0 in a thought that the prompt has opened."""
         return self._force_if_due()
 
-    def push(self, in_thought: bool, mid_tag: bool = False) -> bool:
-        """Count one token; both arguments are the splitter's properties after it.
+    def push(self, in_thought: bool, mid_piece: bool = False) -> bool:
+        """Count one token; `in_thought` is the splitter's property after it.
 
-        A model that is just writing the closing tag itself (`mid_tag`) is let finish it.
+        `mid_piece`: the token ends inside what should not be cut, that is the closing tag (the splitter's
+        `mid_tag`) or a character (the decoder's `mid_character`). The model is let finish it, for at most
+        `GRACE_TOKENS` more: one that only ever begins such pieces does not think for ever.
         """
         if self._inside and in_thought and not self._forced:
             self.spent += 1
         self._inside = in_thought
-        return not mid_tag and self._force_if_due()
+        if mid_piece and self.spent < self.max_tokens + GRACE_TOKENS:
+            return False
+        return self._force_if_due()
 
     def _force_if_due(self) -> bool:
         due = self._inside and not self._forced and self.spent >= self.max_tokens

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from nemotron_fast.errors import CheckpointError
+from nemotron_fast.files import parse_json
 
 MAX_HEADER_BYTES = 16 << 20  # a real header has about 100 bytes per tensor
 MAX_DIMS = 8
@@ -44,28 +45,6 @@ class TensorInfo:
         return math.prod(self.shape) * DTYPE_BYTES[self.dtype]
 
 
-def load_json(data: bytes, what: str) -> dict[str, Any]:
-    """A JSON object without repeated keys.
-
-    Raises:
-        CheckpointError: anything else.
-    """
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        table = dict(pairs)
-        if len(table) < len(pairs):
-            raise ValueError("a key occurs twice")
-        return table
-
-    try:
-        value = json.loads(data.decode("utf-8"), object_pairs_hook=unique)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{what} is not valid JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{what} is a JSON {type(value).__name__}, want an object")
-    return value
-
-
 def read_header(path: Path) -> dict[str, TensorInfo]:
     """Name -> what is stored, of one safetensors file whose header fits its size to the byte.
 
@@ -83,7 +62,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
                 raise CheckpointError(
                     f"{path} is truncated or not safetensors: header of {length} bytes, room for {room}"
                 )
-            header = load_json(file.read(length), f"{path}: header")
+            header = parse_json(file.read(length), f"{path}: header", CheckpointError, unique_keys=True)
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror}") from None
     header.pop("__metadata__", None)

@@ -65,8 +65,10 @@ class SequenceText:
                 self._emit(visible, [token], finish)
             else:
                 self._emit(visible, [token], None)
-                if self._budget and self._budget.push(self._splitter.in_thought, self._splitter.mid_tag):
-                    self._close_thought()
+                if self._budget:
+                    mid_piece = self._splitter.mid_tag or self._decoder.mid_character
+                    if self._budget.push(self._splitter.in_thought, mid_piece):
+                        self._close_thought()
 
     def completion(self) -> Completion:
         """The finished sequence."""

@@ -52,18 +52,23 @@ class TokenBytes:
         """Whether a text loses one leading space, which the encoder had put there."""
 
     def __getitem__(self, token_id: int) -> bytes:
-        """Raises RequestError if the id is not in the vocabulary."""
+        """b"" for an id that the vocabulary lacks, as the padding rows of an embedding are. Such ids are not kept.
+
+        Raises:
+            RequestError: an id below 0, which no model gives.
+        """
         data = self._cache.get(token_id)
         if data is None:
-            data = self._cache[token_id] = self._compute(token_id)
+            index = operator.index(token_id)
+            if index < 0:
+                raise RequestError(f"token id {index} is not in the tokenizer's vocabulary")
+            token = self._backend.id_to_token(index) if index < 1 << 32 else None
+            if token is None:
+                return b""
+            data = self._cache[index] = self._compute(token)
         return data
 
-    def _compute(self, token_id: int) -> bytes:
-        index = operator.index(token_id)
-        token = self._backend.id_to_token(index) if 0 <= index < 1 << 32 else None
-        if token is None:
-            size = self._backend.get_vocab_size()
-            raise RequestError(f"token id {index} is not in the tokenizer's vocabulary of {size} tokens")
+    def _compute(self, token: str) -> bytes:
         if self._byte_level:
             data = [_BYTE_OF_CHAR.get(char) for char in token]
             return bytes(b for b in data if b is not None) if None not in data else token.encode()

@@ -7,7 +7,7 @@ generation_config.json or config.json (end-of-sequence ids), chat_template.jinja
 
 from __future__ import annotations
 
-import json
+import os
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -17,6 +17,7 @@ import tokenizers
 
 from nemotron_fast.chat_template import ChatTemplate, template_sources
 from nemotron_fast.errors import RequestError
+from nemotron_fast.files import read_json, read_text
 from nemotron_fast.token_bytes import TokenBytes, TokenizerError
 
 __all__ = ["Tokenizer", "TokenizerError"]
@@ -74,11 +75,11 @@ class Tokenizer:
         """Read the tokenizer of a checkpoint folder.
 
         Raises:
-            TokenizerError: no tokenizer.json there, a file that is broken or too large, or a special token
-                that is not in the vocabulary.
+            TokenizerError: no tokenizer.json there, a file that is broken, too large or a link out of the
+                folder, or a special token that is not in the vocabulary.
         """
         folder = Path(path)
-        if (text := _read(folder / "tokenizer.json", MAX_TOKENIZER_BYTES)) is None:
+        if (text := _read(folder, "tokenizer.json", MAX_TOKENIZER_BYTES)) is None:
             hint = (
                 "; the sentencepiece file tokenizer.model alone is not enough: convert it with transformers"
                 if (folder / "tokenizer.model").exists()
@@ -89,11 +90,11 @@ class Tokenizer:
             backend = tokenizers.Tokenizer.from_str(text)
         except Exception as error:  # the library raises bare Exception
             raise TokenizerError(f"{folder / 'tokenizer.json'} cannot be read: {error}") from error
-        config = _read_json(folder / "special_tokens_map.json")
-        main = _read_json(folder / "tokenizer_config.json")
+        config = _read_json(folder, "special_tokens_map.json")
+        main = _read_json(folder, "tokenizer_config.json")
         config.update({key: value for key, value in main.items() if value is not None})
-        eos = _eos_ids(folder / "generation_config.json") or _eos_ids(folder / "config.json")
-        template = _read(folder / "chat_template.jinja", MAX_CONFIG_BYTES)
+        eos = _eos_ids(folder, "generation_config.json") or _eos_ids(folder, "config.json")
+        template = _read(folder, "chat_template.jinja", MAX_CONFIG_BYTES)
         return cls(backend, config, eos_token_ids=eos, template=template)
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
@@ -119,10 +120,10 @@ class Tokenizer:
         return ids
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
-        """Text of `ids`; bytes that are not UTF-8 become U+FFFD.
+        """Text of `ids`; bytes that are not UTF-8 become U+FFFD, ids that the vocabulary lacks become nothing.
 
         Raises:
-            RequestError: an id that is not in the vocabulary.
+            RequestError: an id below 0.
         """
         known = [self.token_bytes(i) for i in ids if not (skip_special_tokens and i in self.special_ids)]
         data = b"".join(known)
@@ -133,8 +134,11 @@ class Tokenizer:
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes that a token stands for; a special token stands for its name.
 
+        An id that the vocabulary lacks stands for nothing (b""): a model's embedding may have more rows than
+        the tokenizer has tokens, and then such an id can be sampled.
+
         Raises:
-            RequestError: the id is not in the vocabulary.
+            RequestError: an id below 0.
         """
         return self._bytes[token_id]
 
@@ -200,37 +204,22 @@ class Tokenizer:
         return prefix, suffix
 
 
-def _read(path: Path, limit: int) -> str | None:
+def _read(folder: Path, name: str, limit: int) -> str | None:
     """A file's text; None if there is no such file. `limit` is in bytes."""
-    try:
-        if (size := path.stat().st_size) > limit:
-            raise TokenizerError(f"{path} has {size} bytes, want at most {limit}")
-        return path.read_text(encoding="utf-8")
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except (OSError, UnicodeDecodeError) as error:
-        raise TokenizerError(f"{path} cannot be read: {error}") from error
+    return read_text((folder, name), limit, TokenizerError) if os.path.lexists(folder / name) else None
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_json(folder: Path, name: str) -> dict[str, Any]:
     """A JSON object; an empty one if there is no such file."""
-    if (text := _read(path, MAX_CONFIG_BYTES)) is None:
-        return {}
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise TokenizerError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise TokenizerError(f"{path} holds a JSON {type(value).__name__}, want an object")
-    return value
+    return read_json((folder, name), MAX_CONFIG_BYTES, TokenizerError, optional=True)
 
 
-def _eos_ids(path: Path) -> list[int]:
+def _eos_ids(folder: Path, name: str) -> list[int]:
     """`eos_token_id` of a model config: one id, a list of ids, or nothing."""
-    value = _read_json(path).get("eos_token_id")
+    value = _read_json(folder, name).get("eos_token_id")
     ids = value if isinstance(value, list) else [] if value is None else [value]
     if any(type(i) is not int or i < 0 for i in ids):
-        raise TokenizerError(f"eos_token_id in {path} is {value!r:.80}, want an id or a list of ids")
+        raise TokenizerError(f"eos_token_id in {folder / name} is {value!r:.80}, want an id or a list of ids")
     return ids
 
 

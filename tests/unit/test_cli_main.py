@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -34,7 +35,7 @@ def test_help_lists_commands_and_exit_codes(capsys: pytest.CaptureFixture[str]) 
     code, out, _ = run_cli(capsys, "--help")
     assert code == 0
     assert all(command in out for command in cli.COMMANDS)
-    for number in (0, 1, 2, 3, 4, 5, 6, 130):
+    for number in (0, 1, 2, 3, 4, 5, 6, 130, 141, 143):
         assert f"\n  {number}  " in out
 
 
@@ -51,7 +52,16 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert out.startswith("nemotron-fast ")
 
 
-@pytest.mark.parametrize("argv", [(), ("nonsense",), ("plan",), ("plan", SUPER), ("plan", SUPER, "--gpu")])
+ABBREVIATED = [
+    ("--vers",),
+    ("plan", SUPER, "--gp", "h100"),
+    ("bench", "latency", "--model", "demo", "--repeat", "1", "--output-len", "1"),
+]
+
+
+@pytest.mark.parametrize(
+    "argv", [(), ("nonsense",), ("plan",), ("plan", SUPER), ("plan", SUPER, "--gpu"), *ABBREVIATED]
+)
 def test_usage_errors_exit_2_with_the_cause_last(capsys: pytest.CaptureFixture[str], argv: tuple[str, ...]) -> None:
     code, out, err = run_cli(capsys, *argv)
     assert code == 2
@@ -120,6 +130,40 @@ def test_an_incomplete_installation_is_explained(
 def test_interrupt(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plan_command, "run", failing(KeyboardInterrupt()))
     assert run_cli(capsys, "plan", SUPER, "--gpu", "h100") == (130, "", "error: interrupted\n")
+
+
+WITH_SIGTERM = """
+import os, signal, sys
+from nemotron_fast.cli import plan
+from nemotron_fast.cli.main import main
+def run(args):
+    try:
+        os.kill(os.getpid(), signal.SIGTERM)
+    finally:
+        os.kill(os.getpid(), signal.SIGTERM)  # a second one does not stop the cleaning up
+        print("cleaned up")
+plan.run = run
+"""
+
+
+@pytest.mark.parametrize(
+    ("before", "want"),
+    [
+        ("", (143, "cleaned up\n", "error: terminated\n")),
+        ("signal.signal(15, signal.SIG_IGN)", (0, "cleaned up\n", "")),
+    ],
+    ids=["default", "ignored by the parent"],
+)
+def test_sigterm_runs_the_finally_blocks(before: str, want: tuple[int, str, str]) -> None:
+    script = f"{WITH_SIGTERM}{before}\nsys.exit(main(['plan', {SUPER!r}, '--gpu', 'h100']))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == want
+
+
+def test_main_leaves_the_signal_handlers_as_they_were(capsys: pytest.CaptureFixture[str]) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    assert run_cli(capsys, "plan", SUPER, "--gpu", "h200")[0] == 0
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 @pytest.mark.parametrize(

@@ -93,11 +93,34 @@ def test_ranks_that_cannot_be(capsys: pytest.CaptureFixture[str]) -> None:
     assert "cannot be split" in capsys.readouterr().err
 
 
+def quantised(folder: Path, *exclude: str) -> str:
+    shutil.copy(SUPER, folder / "config.json")
+    quant = {"quantization": {"quant_algo": "FP8", "kv_cache_quant_algo": "FP8", "exclude_modules": [*exclude]}}
+    (folder / "hf_quant_config.json").write_text(json.dumps(quant))
+    return str(folder)
+
+
 def test_an_fp8_checkpoint_is_planned_as_such(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    shutil.copy(SUPER, tmp_path / "config.json")
-    quant = {"quantization": {"quant_algo": "FP8", "kv_cache_quant_algo": "FP8", "exclude_modules": ["lm_head"]}}
-    (tmp_path / "hf_quant_config.json").write_text(json.dumps(quant))
-    report = plan_json(capsys, str(tmp_path), "--gpu", "h100")
-    assert (report["options"]["weight_dtype"], report["options"]["kv_dtype"]) == ("fp8", "fp8")
-    assert main(["plan", str(tmp_path), "--gpu", "h100", "--quantize", "fp8"]) == 2
-    assert "FP8 already" in capsys.readouterr().err
+    path = quantised(tmp_path, "lm_head")
+    report = plan_json(capsys, path, "--gpu", "h100")
+    assert (report["weight_dtype"], report["options"]["kv_dtype"]) == ("fp8", "fp8")
+    assert report["ranks"][0]["weights"] == 51_969_556_480
+    again = plan_json(capsys, path, "--gpu", "h100", "--quantize", "fp8")  # as LLM: nothing is left to quantise
+    assert again["ranks"] == report["ranks"]
+
+
+def test_a_partly_quantised_checkpoint(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    path = quantised(tmp_path, "lm_head", "*.self_attn.*")
+    report = plan_json(capsys, path, "--gpu", "h200")
+    assert report["weight_dtype"] == "partly fp8"
+    assert report["ranks"][0]["weights"] == 51_969_556_480 + 7_398_752_256
+    assert main(["inspect", path, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["weight_bytes"] == report["ranks"][0]["weights"]
+    assert main(["plan", path, "--gpu", "h200", "--quantize", "fp8"]) == 4
+    assert "in FP8 already" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_dtype_is_of_what_is_not_quantised(capsys: pytest.CaptureFixture[str]) -> None:
+    report = plan_json(capsys, SUPER, "--gpu", "h200", "--quantize", "fp8", "--dtype", "float32")
+    assert report["ranks"][0]["embedding"] == 4 * 1_050_673_152
+    assert report["options"]["kv_dtype"] == "float32"

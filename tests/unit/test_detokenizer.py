@@ -95,10 +95,26 @@ def test_flush_makes_it_new(fallback):
     assert decoder.push(space_a) == "a"
 
 
+@pytest.mark.parametrize("skip", [True, False])
+def test_ids_of_a_padded_vocabulary_change_nothing(llama, skip):
+    first, *rest = llama.encode("👩", add_special_tokens=False)
+    tokens = [128256, first, 130_000, *rest, 1 << 20]
+    assert stream(llama, tokens, skip) == ["", "", "", *[""] * (len(rest) - 1), "👩", "", ""]
+
+
 def test_a_refused_id_changes_nothing(llama):
     first, *rest = llama.encode("👩", add_special_tokens=False)
     decoder = IncrementalDecoder(llama)
     decoder.push(first)
-    with pytest.raises(RequestError, match="token id 128256"):
-        decoder.push(128256)
+    with pytest.raises(RequestError, match="token id -1"):
+        decoder.push(-1)
     assert "".join(decoder.push(i) for i in rest) == "👩"
+
+
+def test_mid_character(llama):
+    ids = llama.encode("👩", add_special_tokens=False)
+    decoder = IncrementalDecoder(llama)
+    found = [(decoder.push(i), decoder.mid_character) for i in [9906, *ids]]
+    assert found == [("Hello", False), *[("", True)] * (len(ids) - 1), ("👩", False)]
+    decoder.push(ids[0])
+    assert decoder.mid_character and decoder.flush() and not decoder.mid_character

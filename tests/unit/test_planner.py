@@ -11,10 +11,13 @@ import pytest
 
 from nemotron_fast.blocks import GatedMLP, Skip, make_blocks
 from nemotron_fast.config import ModelConfig
-from nemotron_fast.errors import CapacityError, RequestError
+from nemotron_fast.errors import CapacityError, CheckpointError, RequestError
 from nemotron_fast.footprint import param_bytes, weight_bytes_by_kind, workspace_bytes
 from nemotron_fast.hardware import GPUS, custom_gpu, get_gpu
-from nemotron_fast.planner import Plan, kv_bytes_per_token, num_pages_that_fit, plan, weight_bytes
+from nemotron_fast.models import demo_folder
+from nemotron_fast.pages import PAGE_SIZE
+from nemotron_fast.planner import Plan, PlanOptions, kv_bytes_per_token, num_pages_that_fit, plan, weight_bytes
+from nemotron_fast.quant_config import QuantConfig, parse_quant_config, read_quant_config
 from nemotron_fast.sharding import param_plan
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -25,28 +28,32 @@ H100 = get_gpu("h100-80gb")
 
 
 def fp8_plan(**options: object) -> Plan:
-    return plan(SUPER, gpu=H100, weight_dtype="fp8", kv_dtype="fp8", **options)
+    return plan(SUPER, gpu=H100, quantize="fp8", kv_dtype="fp8", **options)
 
 
 @pytest.mark.parametrize(
-    ("config", "dtype", "want"),
+    ("config", "dtype", "quantize", "want"),
     [
-        (SUPER, "bfloat16", 2 * 49_867_145_216),
-        (SUPER, "auto", 2 * 49_867_145_216),
-        (SUPER, "float32", 4 * 49_867_145_216),
-        # FP8: 1 byte for attention and FFN, 2 for embedding, lm_head and norms
-        (SUPER, "fp8", 7_398_752_256 + 40_365_981_696 + 2 * (2 * 1_050_673_152 + 1_064_960)),
-        (ULTRA, "bfloat16", 2 * 253_401_268_224),
-        (ULTRA, "fp8", 36_507_222_016 + 212_688_961_536 + 2 * (4_202_692_608 + 2_392_064)),
+        (SUPER, "bfloat16", None, 2 * 49_867_145_216),
+        (SUPER, "auto", None, 2 * 49_867_145_216),
+        (SUPER, "float32", None, 4 * 49_867_145_216),
+        # FP8: 1 byte for attention and FFN, those of the dtype for embedding, lm_head and norms
+        (SUPER, "auto", "fp8", 7_398_752_256 + 40_365_981_696 + 2 * (2 * 1_050_673_152 + 1_064_960)),
+        (SUPER, "float32", "fp8", 7_398_752_256 + 40_365_981_696 + 4 * (2 * 1_050_673_152 + 1_064_960)),
+        (ULTRA, "bfloat16", None, 2 * 253_401_268_224),
+        (ULTRA, "auto", "fp8", 36_507_222_016 + 212_688_961_536 + 2 * (4_202_692_608 + 2_392_064)),
     ],
 )
-def test_weight_bytes(config: ModelConfig, dtype: str, want: int) -> None:
-    assert weight_bytes(config, dtype) == want
+def test_weight_bytes(config: ModelConfig, dtype: str, quantize: str | None, want: int) -> None:
+    parts = weight_bytes_by_kind(config, dtype=dtype, quantize=quantize)
+    assert sum(parts.values()) - parts["scales"] == want
+    assert weight_bytes(config, dtype=dtype, quantize=quantize) == sum(parts.values())
 
 
 def test_fp8_super_is_51_97_gb_and_scales_are_apart() -> None:
-    parts = weight_bytes_by_kind(SUPER, "fp8")
-    assert f"{weight_bytes(SUPER, 'fp8') / 1e9:.2f}" == "51.97"
+    parts = weight_bytes_by_kind(SUPER, quantize="fp8")
+    assert sum(parts.values()) - parts["scales"] == 51_969_556_480
+    assert weight_bytes(SUPER, quantize="fp8") == 51_969_556_480 + parts["scales"]
     # a float32 per output row: 49 x (10240 + 8192) of attention, 2 F + 8192 of each FFN
     widths = [b.ffn.width for b in SUPER.blocks if isinstance(b.ffn, GatedMLP)]
     assert parts["scales"] == 4 * (49 * (10240 + 8192) + sum(2 * w + 8192 for w in widths))
@@ -74,12 +81,12 @@ def test_kv_heads_are_replicated_where_there_are_fewer_than_ranks() -> None:
 @pytest.mark.parametrize("size", [1, 2, 4, 8])
 @pytest.mark.parametrize("config", [SUPER, ULTRA, MINI], ids=["super", "ultra", "mini"])
 def test_ranks_are_balanced(config: ModelConfig, size: int) -> None:
-    made = plan(config, gpu=get_gpu("h200"), tp=size, weight_dtype="fp8")
+    made = plan(config, gpu=get_gpu("h200"), tp=size, quantize="fp8")
     assert made.rank_ratio < 1.1
     assert len(made.ranks) == size
     if config is not MINI:  # no KV head is replicated: the ranks hold the model once
         assert sum(r.kv_per_token for r in made.ranks) == kv_bytes_per_token(config)
-        assert sum(r.linears for r in made.ranks) == weight_bytes_by_kind(config, "fp8")["linear"]
+        assert sum(r.linears for r in made.ranks) == weight_bytes_by_kind(config, quantize="fp8")["linear"]
 
 
 def test_the_parts_add_up() -> None:
@@ -103,7 +110,8 @@ def test_workspace_is_its_formula() -> None:
     work = workspace_bytes(SUPER, num_tokens=100, num_seqs=7)
     assert work["activations"] == 100 * 2 * (2 * 8192 + 3 * 28672 + 8192)
     assert work["logits"] == 7 * 128256 * (2 + 8)
-    assert work["tables"] == 131072 * 128 * 4 + 7 * 2048 * 4
+    assert work["tables"] == 131072 * 128 * 4 + 7 * 131072 // PlanOptions().page_size * 4
+    assert PlanOptions().page_size == PAGE_SIZE
 
 
 def test_decode_limit_is_bytes_over_bandwidth() -> None:
@@ -191,7 +199,9 @@ def test_a_model_without_attention_has_no_kv_cache() -> None:
         {"max_batched_tokens": -1},
         {"memory_fraction": 0.0},
         {"memory_fraction": 1.1},
-        {"weight_dtype": "int3"},
+        {"dtype": "int3"},
+        {"dtype": "fp8"},  # of the linears alone: that is quantize
+        {"quantize": "int4"},
         {"kv_dtype": "fp16"},
         {"max_model_len": 0},
     ],
@@ -221,4 +231,70 @@ def test_gpu_names() -> None:
 
 def test_param_bytes_sum_to_weight_bytes() -> None:
     params = param_plan(MINI, 1, 2)
-    assert sum(param_bytes(p, MINI, "fp8")[0] for p in params) == weight_bytes(MINI, "fp8", 1, 2)
+    total = sum(sum(param_bytes(p, MINI, quantize="fp8")) for p in params)
+    assert total == weight_bytes(MINI, quantize="fp8", rank=1, size=2)
+
+
+def modelopt(algo: str = "FP8", exclude: tuple[str, ...] = ("lm_head",), kv: str | None = None) -> QuantConfig:
+    body = {"quant_algo": algo, "exclude_modules": [*exclude], "kv_cache_quant_algo": kv}
+    return parse_quant_config({}, {"quantization": body})
+
+
+def test_excluded_modules_keep_their_dtype() -> None:
+    partly = modelopt(exclude=("lm_head", "*.self_attn.*"))
+    attention, ffn, rest = 7_398_752_256, 40_365_981_696, 2 * 1_050_673_152 + 1_064_960
+    parts = weight_bytes_by_kind(SUPER, quant=partly)
+    assert sum(parts.values()) - parts["scales"] == 2 * attention + ffn + 2 * rest
+    everything = weight_bytes_by_kind(SUPER, quant=modelopt(exclude=()))
+    assert everything["lm_head"] == 1_050_673_152
+    assert everything["embed"] == 2 * 1_050_673_152
+    made = plan(SUPER, gpu=get_gpu("h200"), quant=partly)
+    assert made.ranks[0].linears == parts["linear"] == 2 * attention + ffn
+    assert made.to_dict()["weight_dtype"] == made.weight_dtype == "partly fp8"
+
+
+def test_scales_of_a_quantised_checkpoint() -> None:
+    rows = 49 * (10240 + 8192) + sum(2 * b.ffn.width + 8192 for b in SUPER.blocks if isinstance(b.ffn, GatedMLP))
+    per_row = weight_bytes_by_kind(SUPER, quant=modelopt("FP8_PER_CHANNEL_PER_TOKEN"))
+    assert per_row == weight_bytes_by_kind(SUPER, quantize="fp8")
+    assert per_row["scales"] == 4 * rows
+    # One scale a tensor, and one for its input: qkv and gate_up may need one per row, o and down do not.
+    per_tensor = weight_bytes_by_kind(SUPER, quant=modelopt())["scales"]
+    assert per_tensor == 4 * (rows - 49 * 8192 - 80 * 8192 + 129 + 2 * 129)
+
+
+def test_quantize_of_a_quantised_checkpoint() -> None:
+    full, partly = modelopt(), modelopt(exclude=("*.mlp.*",))
+    assert weight_bytes(SUPER, quantize="fp8", quant=full) == weight_bytes(SUPER, quant=full)
+    for call in (weight_bytes, lambda c, **o: plan(c, gpu=H100, **o)):
+        with pytest.raises(CheckpointError, match="'fp8' on a checkpoint with 196 of 436 linears in FP8 already"):
+            call(SUPER, quantize="fp8", quant=partly)
+    with pytest.raises(CapacityError, match="neither FP8 nor 8 such GPUs"):  # a remedy that is refused is not offered
+        plan(SUPER, gpu=10**9, quant=partly).require()
+
+
+def test_kv_dtype_follows_the_checkpoint_then_the_dtype() -> None:
+    assert plan(SUPER, gpu=H100, quant=modelopt(kv="FP8")).options.kv_dtype == "fp8"
+    assert plan(SUPER, gpu=H100, quant=modelopt(kv="FP8"), kv_dtype="float16").options.kv_dtype == "float16"
+    assert plan(SUPER, gpu=H100, dtype="float32").options.kv_dtype == "float32"
+
+
+def test_workspace_is_of_the_dtype() -> None:
+    narrow, wide = (plan(SUPER, gpu=H100, dtype=d).ranks[0] for d in ("auto", "float32"))
+    assert wide.activations == 2 * narrow.activations
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_loading_takes_what_was_planned(tmp_path: Path, dtype: str) -> None:
+    import torch
+
+    from nemotron_fast.quantize import quantize_checkpoint
+    from nemotron_fast.weights import load_weights
+
+    demo, stored, as_torch = demo_folder(), tmp_path / "fp8", getattr(torch, dtype)
+    config = ModelConfig.from_path(demo)
+    for how in ({}, {"quantize": "fp8"}):
+        assert load_weights(demo, config, dtype=as_torch, **how).nbytes == weight_bytes(config, dtype=dtype, **how)
+    quantize_checkpoint(demo, stored)
+    quant = read_quant_config(stored)
+    assert load_weights(stored, config, quant, dtype=as_torch).nbytes == weight_bytes(config, dtype=dtype, quant=quant)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
+from test_tokenizer import tiny_backend
 
 from nemotron_fast.chat_template import ChatTemplate
 from nemotron_fast.errors import RequestError
@@ -21,6 +22,11 @@ from nemotron_fast.reasoning import (
     detect_profile,
     prompt_opens_thought,
 )
+from nemotron_fast.reasoning_stream import GRACE_TOKENS
+from nemotron_fast.request import Request
+from nemotron_fast.sampling_params import SamplingParams
+from nemotron_fast.sequence_text import SequenceText
+from nemotron_fast.tokenizer import Tokenizer
 
 FOLDER = Path(__file__).resolve().parents[1] / "templates"
 HELLO = {"role": "user", "content": "hi"}
@@ -261,11 +267,11 @@ def test_short_thoughts_are_left_alone():
 
 def test_a_closing_tag_under_way_is_not_interrupted():
     budget = ThinkingBudget(1, starts_inside=True)
-    assert not budget.push(True, mid_tag=True)
+    assert not budget.push(True, mid_piece=True)
     assert not budget.push(False)
     budget = ThinkingBudget(1, starts_inside=True)
-    assert not budget.push(True, mid_tag=True)
-    assert budget.push(True, mid_tag=False)
+    assert not budget.push(True, mid_piece=True)
+    assert budget.push(True, mid_piece=False)
 
 
 @pytest.mark.parametrize("bad", [-1, 1.5, True, None, "3"])
@@ -278,3 +284,23 @@ def test_forced_text_closes_the_thought():
     splitter = ReasoningSplitter(NO_THINK_FLAG, starts_inside=True)
     parts = [*splitter.push("So, first"), *splitter.push(CLOSE_TEXT), *splitter.push("Yes."), *splitter.flush()]
     assert parts == [("reasoning", "So, first"), ("content", "Yes.")]
+
+
+def test_a_thought_that_only_begins_pieces_ends_all_the_same():
+    budget = ThinkingBudget(2, starts_inside=True)
+    assert [budget.push(True, mid_piece=True) for _ in range(12)].index(True) == 1 + GRACE_TOKENS
+
+
+@pytest.mark.parametrize("budget", range(8))
+def test_a_budget_does_not_cut_a_character(budget):
+    tokenizer = Tokenizer(tiny_backend())
+    params = SamplingParams(max_tokens=40, max_thinking_tokens=budget)
+    request = Request(0, [1], params, seed=0, max_tokens=40, stop_ids=frozenset())
+    text = SequenceText(request, 0, tokenizer, NO_THINK_FLAG, starts_in_thought=True)
+    for token in tokenizer.encode("ab 😀 ab", add_special_tokens=False):
+        if request.forced:
+            break
+        request.output.append(token)
+        text.advance()
+    assert not any("\ufffd" in delta.text for delta in text.deltas) and bool(request.forced)
+    assert not text._decoder.mid_character

@@ -116,10 +116,16 @@ def test_never_a_double_bos(llama):
     assert llama.encode("<|begin_of_text|>" * 2, add_special_tokens=False) == [BOS, BOS]
 
 
-@pytest.mark.parametrize("bad", [128256, -1, 1 << 40])
-def test_ids_out_of_the_vocabulary_are_refused(llama, bad):
-    with pytest.raises(RequestError, match=f"token id {bad} is not in the tokenizer's vocabulary"):
-        llama.decode([9906, bad])
+@pytest.mark.parametrize("padding", [128256, 1 << 31, 1 << 40])
+def test_ids_beyond_the_vocabulary_stand_for_nothing(llama, padding):
+    first, *rest = llama.encode("👩", add_special_tokens=False)
+    assert llama.decode([9906, first, padding, *rest, padding]) == "Hello👩"
+    assert llama.token_bytes(padding) == b"" and llama.token_text(padding) == ""
+
+
+def test_negative_ids_are_refused(llama):
+    with pytest.raises(RequestError, match="token id -1 is not in the tokenizer's vocabulary"):
+        llama.decode([9906, -1])
 
 
 def test_text_that_is_no_text_is_refused(llama):
@@ -210,8 +216,9 @@ def test_a_missing_file_says_what_to_do(tmp_path):
     [
         ({"tokenizer": "{"}, "tokenizer.json cannot be read"),
         ({"tokenizer": "{}"}, "tokenizer.json cannot be read"),
-        ({"tokenizer_config": "[1]"}, "holds a JSON list, want an object"),
-        ({"tokenizer_config": "{"}, "not valid JSON"),
+        ({"tokenizer_config": "[1]"}, "holds a list, want an object"),
+        ({"tokenizer_config": "{"}, "is not JSON"),
+        ({"tokenizer_config": "[" * 100_000}, "nested too deeply"),
         ({"tokenizer_config": {"bos_token": 3}}, "bos_token is 3, want a string"),
         ({"tokenizer_config": {"eos_token": "<nope>"}}, "eos_token '<nope>' is not in the vocabulary"),
         ({"tokenizer_config": {"add_bos_token": True}}, "add_bos_token is true but no bos_token"),
@@ -236,3 +243,17 @@ def test_unknown_decoders_are_refused():
     backend.decoder = decoders.WordPiece()
     with pytest.raises(TokenizerError, match=r"decoder \['WordPiece'\], want ByteLevel"):
         Tokenizer(backend)
+
+
+@pytest.mark.parametrize(
+    "name", ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "config.json"]
+)
+def test_links_out_of_the_folder_are_refused(tmp_path, name):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    write(folder, tiny_backend())
+    (tmp_path / "secret").write_text((folder / "tokenizer.json").read_text() if name == "tokenizer.json" else "{}")
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).symlink_to(tmp_path / "secret")
+    with pytest.raises(TokenizerError, match="is a link out of its folder"):
+        Tokenizer.from_folder(folder)

@@ -8,10 +8,12 @@ Definitions: time to first token is that of one prompt and one generated token. 
 from __future__ import annotations
 
 import argparse
+import json
 import random
 import statistics
 import sys
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemotron_fast.cli.options import add_model_arguments, load_llm
@@ -30,24 +32,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     latency.add_argument("--output-len", metavar="N", type=int, default=32, help="steps that are timed (default 32)")
     latency.add_argument("--repeats", metavar="N", type=int, default=3, help="medians are of this many (default 3)")
     latency.add_argument("--json", action="store_true", help="print the results as JSON")
+    latency.add_argument("--out", metavar="FILE", type=Path, help="write the results to a JSON file")
 
 
 def run(args: argparse.Namespace) -> int:
     """Measure and print.
 
     Raises:
-        RequestError: a size that is not positive, or does not fit in the context.
+        RequestError: a size that is not positive, or does not fit in the context or in --max-num-seqs.
     """
     sizes = [*args.batch, *args.input_len, args.output_len, args.repeats]
     if min(sizes) < 1:
         raise RequestError(f"sizes {sizes}: want all of them at least 1")
+    if args.max_num_seqs is None:
+        args.max_num_seqs = max(args.batch)
+    elif args.max_num_seqs < max(args.batch):
+        raise RequestError(f"--max-num-seqs is {args.max_num_seqs}, want at least the largest batch, {max(args.batch)}")
     start = time.perf_counter()
-    with load_llm(args, max_num_seqs=max(args.batch)) as llm:
+    with load_llm(args) as llm:
         load_s = time.perf_counter() - start
         rows = [_first_token(llm, length, args.repeats) for length in args.input_len]
         first_s = time.perf_counter() - start
         rows += [_step(llm, b, length, args) for b in args.batch for length in args.input_len]
-    report = {
+        device = llm.device
+    from nemotron_fast.testing.timing import provenance
+
+    report = provenance(device) | {
         "model": args.model,
         "random_weights": args.random_weights,
         "quantize": args.quantize,
@@ -56,6 +66,9 @@ def run(args: argparse.Namespace) -> int:
         "start_to_first_results_s": first_s,
         "results": rows,
     }
+    if args.out is not None:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(json.dumps(report, indent=1) + "\n")
     if args.json:
         from nemotron_fast.cli import render
 

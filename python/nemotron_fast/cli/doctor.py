@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import ctypes
 import importlib
 import importlib.metadata
 import platform
@@ -12,6 +13,7 @@ from typing import Any
 
 from nemotron_fast.errors import DeviceError
 
+DRIVER_LIBRARY = "libcuda.so.1"  # comes with the driver, not with CUDA
 PACKAGES = ("nemotron-fast", "torch", "safetensors", "tokenizers", "numpy", "jinja2")
 
 
@@ -94,7 +96,19 @@ def _devices() -> dict[str, Any]:
     extension = _extension()
     if extension is None:
         return {"gpus": [], "reason": "the extension is not built or does not load"}
-    return dict(extension.device_info())
+    found = dict(extension.device_info())
+    return found | {"reason": _explain_no_gpu(found["reason"], extension.build_info()["cuda_version"])}
+
+
+def _explain_no_gpu(reason: str | None, cuda_version: str | None) -> str | None:
+    """The CUDA runtime has one status for a driver that is missing and one that is too old; tell them apart."""
+    if reason is None or "driver version is insufficient" not in reason:  # cudaErrorInsufficientDriver
+        return reason
+    try:
+        ctypes.CDLL(DRIVER_LIBRARY)
+    except OSError:
+        return "no NVIDIA driver"
+    return f"the NVIDIA driver is too old for CUDA {cuda_version}; install a newer one"
 
 
 def _print_report(report: dict[str, Any]) -> None:

@@ -54,8 +54,9 @@ def run(args: argparse.Namespace) -> int:
         NemotronFastError: a prompt, option or model that cannot be served.
     """
     prompts = read_prompts(args.sources or [])
-    if not args.chat and (args.system is not None or args.thinking != "auto"):
-        raise RequestError("--system and --thinking need --chat")
+    for_chat = (args.system is not None, args.thinking != "auto", args.max_thinking_tokens is not None)
+    if not args.chat and any(for_chat):
+        raise RequestError("--system, --thinking and --max-thinking-tokens need --chat")
     single = len(prompts) == 1 and args.n == 1
     if args.stream and (args.json or not single):
         raise RequestError("--stream prints one completion as text; leave out --json, --n and further prompts")

@@ -11,10 +11,12 @@ import argparse
 import contextlib
 import importlib
 import os
+import signal
 import sys
+import threading
 import traceback
-from collections.abc import Sequence
-from typing import NoReturn
+from collections.abc import Iterator, Sequence
+from typing import Any, NoReturn
 
 from nemotron_fast.errors import DeviceError, NemotronFastError
 
@@ -27,7 +29,7 @@ COMMANDS = {  # name -> what it does; the module of the same name runs it
     "quantize": "write an FP8 copy of a checkpoint",
     "bench": "measure step time and time to first token",
 }
-INTERRUPTED, BROKEN_PIPE = 130, 141  # 128 + the signal's number, as a shell reports it
+INTERRUPTED, BROKEN_PIPE, TERMINATED = 130, 141, 143  # 128 + the signal's number, as a shell reports it
 EPILOG = """\
 exit codes:
   0  done
@@ -37,13 +39,19 @@ exit codes:
   4  a checkpoint with missing, broken or contradicting files
   5  does not fit in memory or in the context
   6  a device or a kernel that is not there, or a failed self-test
-  130  interrupted
+  130  interrupted (SIGINT)
+  141  the reader of the output is gone (SIGPIPE); nothing is printed
+  143  terminated (SIGTERM)
 The last line on stderr names the cause; --debug adds the traceback.
 """
 
 
 class _Parser(argparse.ArgumentParser):
-    """Reports a usage error in the form of every other one."""
+    """Reports a usage error in the form of every other one, and wants option names whole: scripts must not break
+    when a new option shares a prefix with an old one."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**{"allow_abbrev": False} | options)
 
     def error(self, message: str) -> NoReturn:
         self.print_usage(sys.stderr)
@@ -69,11 +77,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in words
     try:
-        return _run(words)
+        with _sigterm_raises():
+            return _run(words)
     except NemotronFastError as error:
         return _fail(error.exit_code, str(error), error, debug)
     except KeyboardInterrupt as error:
         return _fail(INTERRUPTED, "interrupted", error, debug)
+    except _Terminated as error:
+        return _fail(TERMINATED, "terminated", error, debug)
     except BrokenPipeError:
         # The reader is gone; the interpreter would complain when it flushes stdout at exit.
         with contextlib.suppress(OSError, ValueError):
@@ -86,9 +97,37 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(1, f"{type(error).__name__}: {error}{hint}", error, debug)
 
 
+class _Terminated(SystemExit):
+    """SIGTERM came; derived from SystemExit, so that nothing takes it for an error of its own."""
+
+
+@contextlib.contextmanager
+def _sigterm_raises() -> Iterator[None]:
+    """Within, the first SIGTERM raises, so that `finally` blocks clean up, and further ones are ignored.
+
+    Only in the main thread, where signals arrive, and where nobody has decided otherwise.
+    """
+    in_main = threading.current_thread() is threading.main_thread()
+    if not in_main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+
+    def terminate(*_: object) -> NoReturn:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        raise _Terminated(TERMINATED)
+
+    signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
 def _run(words: list[str]) -> int:
     try:
         args = _build_parser(words).parse_args(words)
+    except _Terminated:
+        raise
     except SystemExit as stop:  # argparse, after --help, --version or a usage error
         return int(stop.code or 0)
     code = args.run(args)

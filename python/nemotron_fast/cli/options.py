@@ -6,11 +6,12 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
+from nemotron_fast.dtypes import DTYPE_BYTES, FLOAT_BYTES
+
 if TYPE_CHECKING:
     from nemotron_fast.llm import LLM
     from nemotron_fast.sampling_params import SamplingParams
 
-DTYPES = ("auto", "bfloat16", "float16", "float32")
 THINKING = {"on": True, "off": False, "auto": None}
 
 
@@ -22,10 +23,13 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a GPU if it can be used"
     )
-    group.add_argument("--dtype", choices=DTYPES, default="auto", help="of the activations (default: the checkpoint's)")
+    group.add_argument(
+        "--dtype", choices=("auto", *FLOAT_BYTES), default="auto", help="of the activations (default: the checkpoint's)"
+    )
     group.add_argument("--quantize", choices=("fp8",), help="quantise the linears while loading")
-    group.add_argument("--kv-dtype", choices=(*DTYPES, "fp8"), default="auto", help="of the KV cache")
+    group.add_argument("--kv-dtype", choices=("auto", *DTYPE_BYTES), default="auto", help="of the KV cache")
     group.add_argument("--max-model-len", metavar="N", type=int, help="tokens of one sequence (default: what fits)")
+    group.add_argument("--max-num-seqs", metavar="N", type=int, help="sequences at once; the KV cache is for so many")
     group.add_argument("--seed", metavar="N", type=int, default=0, help="base of all random seeds (default 0)")
     group.add_argument(
         "--random-weights", action="store_true", help="random numbers as weights; --model may be a bare config.json"
@@ -52,13 +56,20 @@ def add_sampling_arguments(parser: argparse.ArgumentParser, *, max_tokens: int |
     group.add_argument("--frequency-penalty", metavar="X", type=float, default=0.0)
     group.add_argument("--repetition-penalty", metavar="X", type=float, help="1 = off")
     group.add_argument("--stop", metavar="TEXT", action="append", default=[], help="end at this text; may be repeated")
+    group.add_argument(
+        "--max-thinking-tokens",
+        metavar="N",
+        type=int,
+        help="end the reasoning after so many tokens and go on to the answer",
+    )
     group.add_argument("--ignore-eos", action="store_true", help="go on after an end-of-sequence token")
 
 
-def load_llm(args: argparse.Namespace, **more: Any) -> LLM:
+def load_llm(args: argparse.Namespace) -> LLM:
     """The model that the options of `add_model_arguments` name; use it in a `with` statement."""
     from nemotron_fast.llm import LLM
 
+    given = {} if args.max_num_seqs is None else {"max_num_seqs": args.max_num_seqs}  # else the default of LLM
     return LLM(
         args.model,
         device=args.device,
@@ -69,7 +80,7 @@ def load_llm(args: argparse.Namespace, **more: Any) -> LLM:
         seed=args.seed,
         generation_config=args.generation_config,
         random_weights=args.random_weights,
-        **more,
+        **given,
     )
 
 
@@ -92,5 +103,6 @@ def sampling_params(args: argparse.Namespace, **more: Any) -> SamplingParams:
         repetition_penalty=args.repetition_penalty,
         stop=tuple(args.stop),
         ignore_eos=args.ignore_eos,
+        max_thinking_tokens=args.max_thinking_tokens,
         **more,
     )

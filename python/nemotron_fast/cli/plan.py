@@ -6,12 +6,11 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
+from nemotron_fast.dtypes import DTYPE_BYTES, FLOAT_BYTES
 from nemotron_fast.errors import RequestError
 
 if TYPE_CHECKING:
     from nemotron_fast.planner import Plan
-
-DTYPES = ("auto", "bfloat16", "float16", "float32", "fp8")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,9 +19,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     where.add_argument("--gpu", metavar="NAME", help="h100-80gb, h200, a100-80gb, ...; a wrong name lists all")
     where.add_argument("--memory-gb", metavar="X", type=float, help="usable memory of one GPU in units of 1e9 bytes")
     parser.add_argument("--tp", metavar="N", type=int, default=1, help="GPUs to split every block over (default 1)")
+    parser.add_argument(
+        "--dtype",
+        choices=("auto", *FLOAT_BYTES),
+        default="auto",
+        help="of activations and unquantised weights (default: the checkpoint's)",
+    )
     parser.add_argument("--quantize", choices=("fp8",), help="quantise the linears while loading")
     parser.add_argument(
-        "--kv-dtype", choices=DTYPES, default="auto", help="of the KV cache (default: the checkpoint's)"
+        "--kv-dtype",
+        choices=("auto", *DTYPE_BYTES),
+        default="auto",
+        help="of the KV cache (default: fp8 if the checkpoint says so, else --dtype)",
     )
     parser.add_argument("--max-model-len", metavar="N", type=int, help="tokens of context that must fit")
     parser.add_argument("--max-num-seqs", metavar="N", type=int, default=256, help="sequences at once (default 256)")
@@ -48,16 +56,16 @@ def run(args: argparse.Namespace) -> int:
     from nemotron_fast.planner import plan
 
     model = read_model(args.model)
-    if args.quantize is not None and model.weight_dtype == "fp8":
-        raise RequestError("this checkpoint is FP8 already; leave --quantize out")
     if args.gpu is None and not 0 < args.memory_gb < 1e6:
         raise RequestError(f"--memory-gb is {args.memory_gb}, want a positive number of gigabytes")
     made = plan(
         model.config,
         gpu=get_gpu(args.gpu) if args.gpu is not None else custom_gpu(round(args.memory_gb * 1e9)),
+        quant=model.quant,
         tp=args.tp,
-        weight_dtype=args.quantize or model.weight_dtype,
-        kv_dtype=args.kv_dtype if args.kv_dtype != "auto" else model.kv_dtype,
+        dtype=args.dtype,
+        quantize=args.quantize,
+        kv_dtype=args.kv_dtype,
         max_model_len=args.max_model_len,
         max_num_seqs=args.max_num_seqs,
         max_batched_tokens=args.max_batched_tokens,
@@ -80,12 +88,12 @@ def _print_memory(name: str, made: Plan) -> None:
 
     out, options = render.console(), made.options
     devices = f"{options.tp} x {made.gpu.label}" if options.tp > 1 else made.gpu.label
-    out.print(f"[bold]{name}[/] on {devices}: {options.weight_dtype} weights, {options.kv_dtype} KV cache\n")
+    out.print(f"[bold]{name}[/] on {devices}: {made.weight_dtype} weights, {options.kv_dtype} KV cache\n")
     ranks = _distinct_ranks(made)
     heads = [f"rank {r.rank}" if len(ranks) > 1 else "each GPU" if options.tp > 1 else "bytes" for r in ranks]
     rows = render.table(None, "memory", *heads, "of it" if len(ranks) == 1 else "", "what it is", left=1)
     rows.columns[-1].justify = "left"
-    scales = "one per output row" if options.weight_dtype == "fp8" else ""
+    scales = "at most one per output row" if any(r.scales for r in ranks) else ""
     for label, key, note in (
         ("weights", "weights", "linears, embedding, lm_head, norms"),
         ("scales", "scales", scales),

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from nemotron_fast.cli.op_checks import OP_CHECKS, CheckFailed
 from nemotron_fast.models import demo_folder
 
 GREEDY_TOKENS = 24  # of the demo's recorded sample; enough to pass every kind of block and a page of KV cache
@@ -24,25 +25,23 @@ class Check:
     seconds: float = 0.0
 
 
-class CheckFailed(Exception):
-    """A check's own verdict, as opposed to an exception out of what it checks."""
-
-
 def run_checks() -> list[Check]:
     """Every check that this machine allows. What raises has failed; nothing is raised from here."""
     checks = [_timed("extension", _check_extension)]
     if not checks[0].passed:
         return checks
-    checks.append(_timed("op rms_norm, cpu", lambda: _check_op("cpu")))
+    checks += [_timed(f"op {name}, cpu", lambda c=check: c("cpu")) for name, (_, check) in OP_CHECKS.items()]
     checks.append(_timed("demo model, cpu", lambda: _check_demo("cpu")))
-    obstacle = _cuda_obstacle("rms_norm")
+    obstacle = _gpu_obstacle()
     if obstacle is not None:
-        return [*checks, Check("op rms_norm, cuda", None, obstacle)]
-    checks.append(_timed("op rms_norm, cuda", lambda: _check_op("cuda")))
-    obstacle = _cuda_obstacle(None)
-    if obstacle is not None:
-        return [*checks, Check("demo model, cuda", None, obstacle)]
-    return [*checks, _timed("demo model, cuda", lambda: _check_demo("cuda"))]
+        return [*checks, Check("cuda", None, obstacle)]
+    for name, (op, check) in OP_CHECKS.items():
+        obstacle = _op_obstacle(op)
+        title = f"op {name}, cuda"
+        checks.append(Check(title, None, obstacle) if obstacle else _timed(title, lambda c=check: c("cuda")))
+    obstacle = _engine_obstacle()
+    title = "demo model, cuda"
+    return [*checks, Check(title, None, obstacle) if obstacle else _timed(title, lambda: _check_demo("cuda"))]
 
 
 def _timed(name: str, check: Callable[[], str]) -> Check:
@@ -76,43 +75,34 @@ def _check_extension() -> str:
     return f"version {built}"
 
 
-def _cuda_obstacle(op: str | None) -> str | None:
-    """Why `op` (None: the whole engine) cannot run on a GPU here; None if it can."""
+def _gpu_obstacle() -> str | None:
+    """Why nothing can run on a GPU here; None if something can."""
     import torch
 
     from nemotron_fast import _C
+
+    if not _C.build_info()["cuda_built"]:
+        return "this build has no CUDA kernels"
+    if not torch.cuda.is_available():
+        return "torch sees no GPU" if torch.version.cuda else "torch is a CPU-only build"
+    return None
+
+
+def _op_obstacle(op: str) -> str | None:
+    from nemotron_fast import _C
+
+    return None if op in _C.build_info()["cuda_ops"] else f"this build has no CUDA kernel for {op}"
+
+
+def _engine_obstacle() -> str | None:
     from nemotron_fast.device import resolve_device
     from nemotron_fast.errors import DeviceError
 
-    info = _C.build_info()
-    if not info["cuda_built"]:
-        return "this build has no CUDA kernels"
-    if not torch.cuda.is_available():
-        built = torch.version.cuda
-        return "torch sees no GPU" if built else "torch is a CPU-only build"
-    if op is not None:
-        return None if op in info["cuda_ops"] else f"this build has no CUDA kernel for {op}"
     try:
         resolve_device("cuda")
     except DeviceError as error:
         return str(error)
     return None
-
-
-def _check_op(device: str) -> str:
-    """rms_norm in BF16 against the formula in FP64: within one rounding of the norm and one of the product."""
-    import torch
-
-    from nemotron_fast import ops
-
-    generator = torch.Generator().manual_seed(0)
-    x_TE, w_E = (torch.randn(*shape, generator=generator).bfloat16() for shape in ((3, 512), (512,)))
-    want_TE = x_TE.double() * (x_TE.double().square().mean(-1, keepdim=True) + 1e-5).rsqrt() * w_E.double()
-    got_TE = ops.rms_norm(x_TE.to(device), w_E.to(device), 1e-5).cpu().double()
-    error = ((got_TE - want_TE).abs() / want_TE.abs().clamp(min=1e-3)).max().item()
-    if not error <= 2**-7:
-        raise CheckFailed(f"relative error {error:.2e}, want at most {2**-7:.2e}")
-    return f"relative error {error:.1e}"
 
 
 def _check_demo(device: str) -> str:

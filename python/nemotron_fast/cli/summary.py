@@ -10,7 +10,7 @@ from typing import Any
 
 from nemotron_fast.blocks import Attention, Block, GatedMLP, Linear
 from nemotron_fast.config import ModelConfig, read_config_json
-from nemotron_fast.footprint import DTYPE_BYTES, kv_bytes_per_token, weight_bytes
+from nemotron_fast.footprint import kv_bytes_per_token, param_bytes, weight_bytes_by_kind
 from nemotron_fast.models import resolve_model
 from nemotron_fast.quant_config import QuantConfig, parse_quant_config, read_quant_config
 from nemotron_fast.sharding import Param, param_plan, parameter_counts
@@ -25,16 +25,6 @@ class Model:
     name: str
     config: ModelConfig
     quant: QuantConfig | None
-
-    @property
-    def weight_dtype(self) -> str:
-        """Of the linears, as stored: "fp8" or the checkpoint's dtype."""
-        return "fp8" if self.quant is not None and self.quant.quantizes_weights else self.config.dtype
-
-    @property
-    def kv_dtype(self) -> str:
-        """Of the KV cache, as the checkpoint means it."""
-        return "fp8" if self.quant is not None and self.quant.kv_cache_fp8 else self.config.dtype
 
 
 def read_model(path: str) -> Model:
@@ -52,7 +42,7 @@ def read_model(path: str) -> Model:
 
 
 def summarise(model: Model) -> dict[str, Any]:
-    """Counts, sizes in bytes and every block, JSON-able."""
+    """Counts, sizes in bytes (of weights: without scales) and every block, JSON-able."""
     config = model.config
     blocks = [block_summary(model, block, params) for block, params in _params_of_blocks(config)]
     mixers = Counter(b["attention"]["kind"] for b in blocks)
@@ -81,8 +71,11 @@ def summarise(model: Model) -> dict[str, Any]:
         "kv_heads": {str(heads): kv_heads[heads] for heads in sorted(kv_heads)},
         "parameters": parameter_counts(config),
         "quantization": None if model.quant is None else model.quant.method,
-        "weight_bytes": sum(_stored_bytes(model, p) for p in param_plan(config)),
-        "weight_bytes_as": {name: weight_bytes(config, name) for name in ("bfloat16", "fp8")},
+        "weight_bytes": _without_scales(weight_bytes_by_kind(config, quant=model.quant)),
+        "weight_bytes_as": {
+            "bfloat16": _without_scales(weight_bytes_by_kind(config, dtype="bfloat16")),
+            "fp8": _without_scales(weight_bytes_by_kind(config, quantize="fp8")),
+        },
         "kv_bytes_per_token": {name: kv_bytes_per_token(config, name) for name in KV_DTYPES},
         "blocks": blocks,
     }
@@ -93,7 +86,10 @@ def block_summary(model: Model, block: Block, params: list[Param]) -> dict[str, 
 
     def half(role: str) -> dict[str, int]:
         own = [p for p in params if p.name.split(".")[2] == role]
-        return {"parameters": sum(p.numel for p in own), "bytes": sum(_stored_bytes(model, p) for p in own)}
+        return {
+            "parameters": sum(p.numel for p in own),
+            "bytes": sum(param_bytes(p, model.config, quant=model.quant)[0] for p in own),
+        }
 
     attention: dict[str, Any] = {"kind": _kind(block.mixer)}
     if isinstance(block.mixer, Attention):
@@ -132,13 +128,5 @@ def _params_of_blocks(config: ModelConfig) -> list[tuple[Block, list[Param]]]:
     return [(block, by_index[block.index]) for block in config.blocks]
 
 
-def _stored_bytes(model: Model, param: Param) -> int:
-    """Bytes of the parameter's tensors in the checkpoint, without scales."""
-    total = 0
-    for piece in param.pieces:
-        scheme = None
-        if model.quant is not None and param.kind in ("linear", "lm_head"):
-            scheme = model.quant.scheme_for(piece.tensor.removesuffix(".weight"))
-        elements = len(piece.rows) * (len(piece.cols) if piece.cols is not None else 1)
-        total += elements * DTYPE_BYTES["fp8" if scheme is not None else model.config.dtype]
-    return total
+def _without_scales(by_kind: dict[str, int]) -> int:
+    return sum(by_kind.values()) - by_kind["scales"]

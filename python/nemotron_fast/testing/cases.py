@@ -106,6 +106,16 @@ def linear_cases(config: ModelConfig, batch_sizes: tuple[int, ...]) -> list[Line
 
 
 @dataclass(frozen=True)
+class PackedCase(LinearCase):
+    """An op on a packed weight: packed_linear, packed_linear_add, packed_swiglu (N is then twice the width)."""
+
+    op: str = "packed_linear"
+
+    def __str__(self) -> str:
+        return super().__str__().replace("linear", self.op, 1)
+
+
+@dataclass(frozen=True)
 class AttentionCase:
     """S sequences of `length` cached tokens each, of which the last `new` are the queries; Super's heads by default."""
 

@@ -126,8 +126,18 @@ def copy_and_read_ceilings(device: torch.device) -> dict[str, float] | None:
 
 
 def write_json(path: Path, results: list[Result], ceilings: dict[str, float] | None, device: torch.device) -> None:
-    """Writes the results with everything needed to repeat them. NF_COMMIT names the commit of a copy without .git."""
-    record: dict[str, Any] = {
+    """Writes the results with everything needed to repeat them."""
+    record = provenance(device) | {
+        "ceilings": ceilings,
+        "results": [asdict(r) | {"gb_per_s": r.gb_per_s, "tflop_per_s": r.tflop_per_s} for r in results],
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record, indent=1) + "\n")
+
+
+def provenance(device: torch.device) -> dict[str, Any]:
+    """What is needed to repeat a measurement. NF_COMMIT names the commit of a copy without .git."""
+    return {
         "command": " ".join([Path(sys.executable).name, *sys.argv]),
         "commit": os.environ.get("NF_COMMIT") or _output_of("git", "describe", "--always", "--dirty"),
         "device": device_name(device),
@@ -135,11 +145,7 @@ def write_json(path: Path, results: list[Result], ceilings: dict[str, float] | N
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "python": platform.python_version(),
-        "ceilings": ceilings,
-        "results": [asdict(r) | {"gb_per_s": r.gb_per_s, "tflop_per_s": r.tflop_per_s} for r in results],
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record, indent=1) + "\n")
 
 
 def device_name(device: torch.device) -> str:
