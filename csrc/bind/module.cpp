@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include "host/build_info.h"
+#include "host/linear_schedule.h"
 #include "host/norm_config.h"
 #ifdef NF_WITH_CUDA
 #include "kernels/common/check.h"
@@ -66,4 +67,7 @@ PYBIND11_MODULE(_C, m) {
       .def("__repr__", [](const nf::NormConfig& c) { return "NormConfig(" + nf::to_string(c) + ")"; });
   m.def("norm_config", &nf::pick_norm_config, py::arg("dim"),
         "How the norm kernels lay a row of `dim` elements out.");
+
+  m.def("linear_workspace_bytes", &nf::linear_workspace_bytes, py::arg("num_tokens"), py::arg("num_sms"),
+        "Of the workspace of a packed linear.");
 }

@@ -14,6 +14,16 @@ STABLE_TORCH_LIBRARY(nemotron_fast, m) {
   m.def("quantize_fp8_per_token(Tensor(a!) out, Tensor(b!) scale, Tensor x) -> ()");
 
   m.def("linear(Tensor(a!) out, Tensor x, Tensor weight, Tensor? x_scale, Tensor? weight_scale) -> ()");
+  m.def("pack_weight(Tensor(a!) out, Tensor weight, bool gate_up) -> ()");
+  m.def(
+      "packed_linear(Tensor(a!) out, Tensor x, Tensor packed, Tensor? x_scale, Tensor? weight_scale, "
+      "Tensor(b!) workspace) -> ()");
+  m.def(
+      "packed_linear_add(Tensor(a!) residual, Tensor x, Tensor packed, Tensor? x_scale, Tensor? weight_scale, "
+      "Tensor(b!) workspace) -> ()");
+  m.def(
+      "packed_swiglu(Tensor(a!) out, Tensor x, Tensor packed, Tensor? x_scale, Tensor? weight_scale, "
+      "Tensor? out_scale, Tensor(b!) workspace) -> ()");
   m.def("silu_mul(Tensor(a!) out, Tensor gate_up) -> ()");
 
   m.def(

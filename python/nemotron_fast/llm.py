@@ -41,6 +41,7 @@ class LLM:
         tensor_parallel_size: only 1 is supported so far.
         generation_config: "auto" uses the checkpoint's sampling defaults and says so once on stderr; "none" does not.
 
+        cuda_graphs: replay decode steps as CUDA graphs, on a GPU.
         random_weights: random numbers in place of the checkpoint's weights; `model` may be a bare config.json.
 
     Raises:
@@ -61,6 +62,7 @@ class LLM:
         tensor_parallel_size: int = 1,
         generation_config: str = "auto",
         random_weights: bool = False,
+        cuda_graphs: bool = True,
     ) -> None:
         problems = Problems()
         problems.require(
@@ -91,10 +93,13 @@ class LLM:
         kv_type = resolve_dtype(kv_dtype, auto_kv, KV_DTYPES, "kv_dtype")
         kv_name = next(name for name, t in KV_DTYPES.items() if t == kv_type)
         length, num_pages = size_cache(config, kv_name, max_model_len, max_num_seqs, free_bytes(where))
-        options = EngineOptions(max_model_len=length, num_pages=num_pages, max_num_seqs=max_num_seqs, seed=seed)
+        options = EngineOptions(
+            max_model_len=length, num_pages=num_pages, max_num_seqs=max_num_seqs, seed=seed, cuda_graphs=cuda_graphs
+        )
         self.config = config
         self.tokenizer = loaded.tokenizer
         self.max_model_len = length
+        self.device = where
         self.sampling_defaults = loaded.defaults.sampling
         self._engine: Engine | None = Engine(config, loaded.weights, kv_dtype=kv_type, options=options)
         self._live: dict[Request, SequenceText] = {}

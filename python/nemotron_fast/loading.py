@@ -16,6 +16,7 @@ from nemotron_fast.errors import CapacityError, CheckpointError, RequestError
 from nemotron_fast.footprint import weight_bytes
 from nemotron_fast.generation_defaults import GenerationDefaults, read_generation_defaults
 from nemotron_fast.models import resolve_model
+from nemotron_fast.packed_weights import pack_weights
 from nemotron_fast.progress import progress_bar
 from nemotron_fast.quant_config import read_quant_config
 from nemotron_fast.random_weights import random_weights
@@ -69,24 +70,26 @@ def load_model(
             f"vocab_size={config.vocab_size} of config.json; mend the files"
         )
     config = dataclasses.replace(config, eos_token_ids=tuple(dict.fromkeys(eos)))
-    stored_fp8 = quantize == "fp8" or (quant is not None and quant.quantizes_weights)
     dtype_name = config.dtype if dtype == "auto" else dtype
-    needed = _require_room(config, "fp8" if stored_fp8 else dtype_name, device)
+    needed = weight_bytes(config, dtype=dtype_name, quantize=quantize, quant=quant)
+    _require_room(needed, device)
+    if device.type == "cuda" and torch_dtype != torch.bfloat16:
+        raise RequestError(f"dtype={dtype_name!r} on a GPU, want 'bfloat16': the kernels compute in it")
     options = {"device": device, "dtype": torch_dtype, "quantize": quantize}
     if random:
         weights = random_weights(config, **options)
     else:
         with progress_bar("loading", needed, show=sys.stderr.isatty() and needed > LONG_LOAD_BYTES) as update:
             weights = load_weights(folder, config, quant, progress=lambda done, _: update(done, 0), **options)
+    if device.type == "cuda":
+        weights = pack_weights(weights)
     return LoadedModel(config, weights, tokenizer, defaults, dtype_name, quant is not None and quant.kv_cache_fp8)
 
 
-def _require_room(config: ModelConfig, weight_dtype: str, device: torch.device) -> int:
-    """Bytes of the weights, which are known to be free on the device."""
-    needed, free = weight_bytes(config, weight_dtype), free_bytes(device)
+def _require_room(needed: int, device: torch.device) -> None:
+    free = free_bytes(device)
     if needed > free:
         raise CapacityError(
             f"the weights need {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free on {device}; "
             "use quantize='fp8' or a machine with more memory"
         )
-    return needed

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from nemotron_fast import reference  # registers the CPU kernels
+from nemotron_fast import packing, reference  # they register the CPU kernels
 
 _ops = torch.ops.nemotron_fast
 
@@ -77,6 +77,73 @@ def linear(
     if out is None:
         out = torch.empty(x.shape[0], weight.shape[0], dtype=out_dtype or x.dtype, device=x.device)
     _ops.linear.default(out, x, weight, x_scale, weight_scale)
+    return out
+
+
+def pack_weight(weight: Tensor, *, gate_up: bool = False, out: Tensor | None = None) -> Tensor:
+    """out [N/128, K bytes/128, 128, 128 bytes] (rounded up): weight [N, K], e4m3 or bf16, as packed linears read it.
+
+    N and K are multiples of 16. `gate_up`: for packed_swiglu; rows are gate, then up.
+    """
+    if out is None:
+        out = weight.new_empty(packing.packed_shape(*weight.shape, weight.dtype))
+    _ops.pack_weight.default(out, weight, gate_up)
+    return out
+
+
+def packed_linear(
+    x: Tensor,
+    packed: Tensor,
+    num_rows: int,
+    workspace: Tensor,
+    *,
+    out_dtype: torch.dtype = torch.bfloat16,
+    x_scale: Tensor | None = None,
+    weight_scale: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """out [T, N] bf16 or float32 = x [T, K] @ weight [N, K]^T for T <= 256; x has the weight's type.
+
+    x_scale [1] or [T], weight_scale [1] or [N] float32, None is 1. `workspace`: packing.make_workspace, one per stream.
+    """
+    if out is None:
+        out = torch.empty(x.shape[0], num_rows, dtype=out_dtype, device=x.device)
+    _ops.packed_linear.default(out, x, packed, x_scale, weight_scale, workspace)
+    return out
+
+
+def packed_linear_add(
+    x: Tensor,
+    packed: Tensor,
+    residual: Tensor,
+    workspace: Tensor,
+    *,
+    x_scale: Tensor | None = None,
+    weight_scale: Tensor | None = None,
+) -> None:
+    """residual [T, N] bf16 += packed_linear(x [T, K]) in place."""
+    _ops.packed_linear_add.default(residual, x, packed, x_scale, weight_scale, workspace)
+
+
+def packed_swiglu(
+    x: Tensor,
+    packed: Tensor,
+    width: int,
+    workspace: Tensor,
+    *,
+    x_scale: Tensor | None = None,
+    weight_scale: Tensor | None = None,
+    out_scale: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """out [T, F] = silu(gate) * up of x [T, K], gate_up [2F, K] packed as such; e4m3 if there is an out_scale [1].
+
+    weight_scale [1] or [2F], in the order before packing.
+    """
+    if out is None:
+        dtype = torch.bfloat16 if out_scale is None else reference.FP8
+        out = torch.empty(x.shape[0], width, dtype=dtype, device=x.device)
+    _ops.packed_swiglu.default(out, x, packed, x_scale, weight_scale, out_scale, workspace)
     return out
 
 
@@ -166,7 +233,8 @@ def top_logprobs(logits: Tensor, tokens: Tensor, num_top: int) -> tuple[Tensor, 
     size, device = logits.shape[0], logits.device
     chosen = torch.empty(size, dtype=torch.float32, device=device)
     rank = torch.empty(size, dtype=torch.int64, device=device)
-    values = torch.empty(size, num_top, dtype=torch.float32, device=device)
-    ids = torch.empty(size, num_top, dtype=torch.int64, device=device)
+    width = max(num_top, 1)  # a kernel writes at least one column
+    values = torch.empty(size, width, dtype=torch.float32, device=device)
+    ids = torch.empty(size, width, dtype=torch.int64, device=device)
     _ops.top_logprobs.default(chosen, rank, values, ids, logits, tokens)
-    return chosen, rank, values, ids
+    return chosen, rank, values[:, :num_top], ids[:, :num_top]

@@ -86,7 +86,7 @@ def rope_append(
     Row p of cos_sin holds cos then sin, D/2 each, of position p. A cache of FP8 stores x / scale, saturating.
     """
     _, num_kv, page_size, dim = k_cache_PKBD.shape
-    heads_TXD = qkv_TX.view(qkv_TX.shape[0], -1, dim)
+    heads_TXD = qkv_TX.unflatten(1, (qkv_TX.shape[1] // dim, dim))
     rotated = heads_TXD[:, :-num_kv]  # q and k
     cos, sin = cos_sin_SD[positions_T].unsqueeze(1).chunk(2, dim=-1)
     low, high = _wide(rotated).chunk(2, dim=-1)
@@ -230,7 +230,7 @@ def _exponential_noise(seed_S: Tensor, step_S: Tensor, size: int) -> Tensor:
     key_S = _mix(_mix(seed_S.long()) + step_S.long())
     bits_SV = _mix(key_S[:, None] + torch.arange(size, device=seed_S.device))
     uniform = (((bits_SV >> 40) & 0xFFFFFF).float() + 0.5) / (1 << 24)
-    return -uniform.log()
+    return -uniform.clamp(max=1 - 2.0**-24).log()  # all bits set round up to 1, which would be no noise at all
 
 
 def _mix(x: Tensor) -> Tensor:

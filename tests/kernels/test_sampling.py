@@ -65,6 +65,15 @@ def test_a_row_with_a_nan_gives_minus_one():
         assert got.tolist() == [-1, 1]
 
 
+def test_a_dropped_token_is_never_drawn_however_the_noise_falls():
+    """Seed 413 gives token 99,913 the largest noise value there is, which rounds to a uniform of 1."""
+    logits = torch.zeros(1, 128_256)
+    logits[0, 5] = 50.0
+    ones, zeros = torch.ones(1), torch.zeros(1)
+    got = ops.sample(logits, ones, zeros.int(), torch.tensor([0.5]), zeros, torch.tensor([413]), zeros.long())
+    assert got.tolist() == [5]
+
+
 def test_equal_logits_are_kept_together():
     assert set(sample([0.0, 1.0, 1.0, 1.0], 200, top_k=2)) == {1, 2, 3}
 

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""generate, chat, quantize and doctor with the demo model; `generate` as a user runs it, in processes of its own."""
+"""generate, chat and quantize with the demo model; `generate` as a user runs it, in processes of its own."""
 
 from __future__ import annotations
 
+import argparse
 import io
 import json
 import re
@@ -13,8 +14,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from nemotron_fast.cli import selftest, streaming
+from nemotron_fast.cli import main as cli
+from nemotron_fast.cli import streaming
 from nemotron_fast.cli.main import main
+from nemotron_fast.cli.options import sampling_params
 from nemotron_fast.models import demo_folder
 
 SAMPLE = json.loads((demo_folder() / "training.json").read_text())["greedy_sample"]  # as the training recorded it
@@ -97,6 +100,10 @@ def test_chat_flag_renders_the_template(capsys: pytest.CaptureFixture[str]) -> N
         ((), (2,), "no prompt"),
         (("--prompt", "a", "--model", "no-such-model"), (4,), "no-such-model"),
         (("--prompt", "a", "--thinking", "on"), (2,), "--chat"),
+        (("--prompt", "a", "--max-thinking-tokens", "5"), (2,), "--max-thinking-tokens need --chat"),
+        (("--prompt", "a", "--chat", "--max-thinking-tokens", "-1"), (2,), "max_thinking_tokens=-1"),
+        (("--prompt", "a", "--chat", "--max-thinking-tokens", "5"), (2,), "max_thinking_tokens needs chat"),
+        (("--prompt", "a", "--max-num-seqs", "0"), (2,), "max_num_seqs=0"),
         (("--prompt", "a", "--stream", "--json"), (2,), "--stream"),
         (("--prompt", "a", "--max-model-len", "100000"), (2, 5), "max_model_len=100000"),
         (("--prompt-file", "no-such-file"), (2,), "no-such-file"),
@@ -110,6 +117,28 @@ def test_errors(capsys: pytest.CaptureFixture[str], argv: tuple[str, ...], code:
     assert out == ""
     assert err.splitlines()[-1].startswith("error: ")
     assert text in err.splitlines()[-1]
+
+
+def test_max_num_seqs_and_max_thinking_tokens_arrive(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[dict] = []
+
+    class Stop(Exception):
+        pass
+
+    def fake_llm(model: str, **options: object) -> None:
+        seen.append(options)
+        raise Stop
+
+    monkeypatch.setattr("nemotron_fast.llm.LLM", fake_llm)
+    for argv in (["chat", *FAST], ["generate", *FAST, "--prompt", "a"]):
+        assert main([*argv, "--max-num-seqs", "3"]) == main(argv) == 1
+    assert [o.get("max_num_seqs") for o in seen] == [3, None, 3, None]
+    assert sampling_params(parsed("chat", *FAST, "--max-thinking-tokens", "7")).max_thinking_tokens == 7
+    assert sampling_params(parsed("chat", *FAST)).max_thinking_tokens is None
+
+
+def parsed(*argv: str) -> argparse.Namespace:
+    return cli._build_parser([*argv]).parse_args(argv)
 
 
 def test_stdin_that_is_not_utf8(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -158,30 +187,18 @@ def test_quantize(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert "not an empty folder" in capsys.readouterr().err
 
 
-def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["doctor", "--json"]) == 0
-    report = json.loads(capsys.readouterr().out)
-    assert report["ok"] is True
-    assert report["versions"]["torch"]
-    assert {c["name"]: c["passed"] for c in report["checks"]}["demo model, cpu"] is True
-
-
-def test_doctor_without_the_extension(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "nemotron_fast._C", None)
-    monkeypatch.delattr("nemotron_fast._C")
-    assert main(["doctor"]) == 6
-    out, err = capsys.readouterr()
-    assert "not built" in out
-    assert "extension" in err.splitlines()[-1]
-
-
-def test_doctor_finds_wrong_numbers(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    from nemotron_fast import ops
-
-    monkeypatch.setattr(ops, "rms_norm", lambda x, w, eps: x)
-    monkeypatch.setattr(selftest, "_check_demo", lambda device: "")
-    assert main(["doctor"]) == 6
-    assert "op rms_norm, cpu: relative error" in capsys.readouterr().err.splitlines()[-1]
+def test_a_terminated_quantize_leaves_nothing_behind(tmp_path: Path) -> None:
+    script = (
+        "import os, signal, sys\nfrom nemotron_fast import quantize\nfrom nemotron_fast.cli.main import main\n"
+        "plain = quantize.Writer.write\n"
+        "def write(*args):\n    plain(*args)\n    assert os.listdir(sys.argv[1])\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"
+        "quantize.Writer.write = write\n"
+        "sys.exit(main(['quantize', 'demo', sys.argv[1] + '/fp8']))"
+    )
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (143, "error: terminated\n")
+    assert not [*tmp_path.iterdir()]
 
 
 def delta(reasoning: str = "", content: str = "") -> SimpleNamespace:
@@ -229,3 +246,5 @@ def test_bench_latency(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> No
     assert all(0 < r["min_ms"] <= r["median_ms"] <= r["max_ms"] for r in rows)
     assert main([*argv, "--device", "cpu", "--input-len", "5000"]) == 2
     assert "the prompt has 5000 tokens" in capsys.readouterr().err.splitlines()[-1]
+    assert main([*argv, "--device", "cpu", "--max-num-seqs", "2"]) == 2
+    assert "at least the largest batch, 3" in capsys.readouterr().err.splitlines()[-1]

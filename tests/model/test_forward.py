@@ -10,6 +10,7 @@ import torch
 from nemotron_fast import SamplingParams
 from nemotron_fast.config import ModelConfig
 from nemotron_fast.engine import Engine, EngineOptions
+from nemotron_fast.packed_weights import pack_weights
 from nemotron_fast.quant_config import read_quant_config
 from nemotron_fast.sampling_params import NEUTRAL
 from nemotron_fast.weights import load_weights
@@ -131,3 +132,16 @@ def test_kv_cache_is_only_where_attention_is(tmp_path):
     engine = make_engine(tmp_path, num_pages=8)
     assert [tuple(t.shape) for t in engine.cache.keys] == [(8, 4, 64, 64), (8, 1, 64, 64)]
     assert engine.cache.nbytes == 2 * 8 * 64 * (4 + 1) * 64 * 4
+
+
+@pytest.mark.parametrize("quantize", [None, "fp8"])
+def test_packed_weights_compute_the_same(quantize, tmp_path):
+    """The path of the GPU, on the CPU backend of the packed ops: 300 prompt tokens are more than one launch takes."""
+    oracle.random_checkpoint(7, tmp_path, blocks=[(2, 512), ("linear", 256), (None, "linear"), (1, 256)])
+    options = {"dtype": torch.bfloat16, "quantize": quantize, "max_model_len": 400, "max_batched_tokens": 400}
+    plain, packed = make_engine(tmp_path, **options), make_engine(tmp_path, **options)
+    packed.model.weights = pack_weights(packed.model.weights)
+    prompt = [i % 320 for i in range(300)]
+    want, found = (run(engine, [prompt])[0] for engine in (plain, packed))
+    for a, b in zip(found.prompt_logprobs[1:], want.prompt_logprobs[1:], strict=True):
+        assert abs(a.logprob - b.logprob) <= 0.1

@@ -1,0 +1,110 @@
+// SPDX-License-Identifier: Apache-2.0
+// From a warp's finished FP32 sums to the output. Two lanes whose rows are neighbours exchange halves first,
+// so that each then has two rows of one token: one 4-byte store of bf16 instead of two of 2 bytes.
+#pragma once
+
+#include "kernels/common/device.cuh"
+#include "kernels/linear/linear.h"
+
+namespace nf {
+namespace {
+
+constexpr int kWarpgroupThreads = 128;
+constexpr int kStripRows = 16;  // of a warp: a multiple of 16 rows is all inside the weight or all outside
+
+template <class C>
+using Accumulators = float[C::kPasses][C::kRegs];
+
+// Rows r and r + 1, in that order, of one token.
+struct RowPair {
+  float v[2];
+};
+
+__device__ __forceinline__ float to_bf16(float v) { return __bfloat162float(__float2bfloat16_rn(v)); }
+
+__device__ __forceinline__ __nv_bfloat162 pack_bf16(RowPair y) {
+  return __floats2bfloat162_rn(y.v[0], y.v[1]);
+}
+
+// Of two tokens' values of its own row, each lane gives one to the lane of the neighbouring row: even rows
+// keep the first token.
+__device__ __forceinline__ RowPair exchange(float first, float second, bool odd_row) {
+  constexpr int kNeighbour = 4;  // lanes from a row to the next, in a wgmma fragment
+  const float theirs = __shfl_xor_sync(kFullWarp, odd_row ? first : second, kNeighbour);
+  return odd_row ? RowPair{theirs, second} : RowPair{first, theirs};
+}
+
+__device__ __forceinline__ float silu_mul(float gate, float up) {
+  gate = to_bf16(gate), up = to_bf16(up);
+  return to_bf16(gate / (1.0f + __expf(-gate)) * up);
+}
+
+// y[h]: rows row + 8 h and row + 8 h + 1 of one token.
+__device__ __forceinline__ void store_pairs(const PackedLinearParams& p, const RowPair (&y)[2], int token,
+                                            int row) {
+  if (p.epilogue == Epilogue::kSwiglu) {
+    const RowPair h{silu_mul(y[0].v[0], y[1].v[0]), silu_mul(y[0].v[1], y[1].v[1])};
+    const int64_t at = token * p.out_stride + row / kStripRows * (kStripRows / 2) + row % 8;
+    if (p.out_type == OutType::kBfloat16) {
+      *reinterpret_cast<__nv_bfloat162*>(static_cast<__nv_bfloat16*>(p.out) + at) = pack_bf16(h);
+    } else {
+      const float scale = *p.out_scale;
+      const float2 scaled{h.v[0] / scale, h.v[1] / scale};
+      *reinterpret_cast<__nv_fp8x2_storage_t*>(static_cast<__nv_fp8_storage_t*>(p.out) + at) =
+          __nv_cvt_float2_to_fp8x2(scaled, __NV_SATFINITE, __NV_E4M3);
+    }
+    return;
+  }
+  const int64_t at = token * p.out_stride + row;
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    if (p.out_type == OutType::kFloat) {
+      *reinterpret_cast<float2*>(static_cast<float*>(p.out) + at + 8 * h) = {y[h].v[0], y[h].v[1]};
+      continue;
+    }
+    auto* out = reinterpret_cast<__nv_bfloat162*>(static_cast<__nv_bfloat16*>(p.out) + at + 8 * h);
+    if (p.epilogue == Epilogue::kAdd) {
+      const float2 residual = __bfloat1622float2(*out);
+      *out = pack_bf16({residual.x + to_bf16(y[h].v[0]), residual.y + to_bf16(y[h].v[1])});
+    } else {
+      *out = pack_bf16(y[h]);
+    }
+  }
+}
+
+// Scales and stores the 16 rows from `strip` on.
+template <class C>
+__device__ __forceinline__ void finish(const Accumulators<C>& r_acc, const PackedLinearParams& p, int strip,
+                                       int lane) {
+  if (strip >= p.num_rows) return;
+  const bool odd_row = lane / 4 % 2 != 0;
+  const int row = strip + lane / 8 * 2;
+  float weight_scale[2][2];
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int packed_row = row + 8 * h + i;
+      const int64_t from = p.epilogue == Epilogue::kSwiglu ? gate_up_row(packed_row, p.num_rows) : packed_row;
+      weight_scale[h][i] = p.weight_scale ? p.weight_scale[p.weight_scale_per_row ? from : 0] : 1.0f;
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < C::kTokens / 8; ++i) {
+    asm volatile("" ::: "memory");  // eight tokens at a time: all addresses at once need too many registers
+    const float* r = &r_acc[i / (C::kRegs / 4)][i % (C::kRegs / 4) * 4];
+    RowPair y[2] = {exchange(r[0], r[1], odd_row), exchange(r[2], r[3], odd_row)};
+    const int token = i * 8 + lane % 4 * 2 + odd_row;
+    if (token >= p.num_tokens) continue;
+    const float x_scale = p.x_scale ? p.x_scale[p.x_scale_per_token ? token : 0] : 1.0f;
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+#pragma unroll
+      for (int j = 0; j < 2; ++j) y[h].v[j] *= x_scale, y[h].v[j] *= weight_scale[h][j];
+    }
+    store_pairs(p, y, token, row);
+  }
+}
+
+}  // namespace
+}  // namespace nf

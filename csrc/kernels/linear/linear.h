@@ -1,0 +1,57 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp8.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "host/linear_schedule.h"
+#include "host/weight_layout.h"
+
+namespace nf {
+
+// packed = weight in the format of weight_layout.h. Works for any type of `shape.row_bytes` / K bytes.
+struct PackWeightParams {
+  void* packed;        // shape.packed_bytes(), at a multiple of 16 bytes
+  const void* weight;  // [N, K], contiguous, at a multiple of 16 bytes
+  PackedShape shape;
+  bool interleave;  // is it a gate_up weight? N is then a multiple of 32
+};
+void pack_weight(const PackWeightParams& p, cudaStream_t stream);
+
+enum class OutType { kBfloat16, kFloat, kFp8 };
+
+enum class Epilogue {
+  kStore,   // out = y
+  kAdd,     // out += y: a residual; kBfloat16 only
+  kSwiglu,  // out = silu(gate) * up, [T, N / 2], of an interleaved gate_up weight; kBfloat16, or kFp8 after
+            // division by out_scale
+};
+
+// y[t, n] = sum over k of x[t, k] weight[n, k], times the two scales, in FP32. kStore rounds it once; the
+// other epilogues first to bf16, as the ops do that they replace, and SwiGLU's product too. x and weight have
+// the same type, __nv_fp8_e4m3 or __nv_bfloat16. A null scale is 1.
+struct PackedLinearParams {
+  void* out;                  // [T, N] of out_type, row stride out_stride, at a multiple of 8 bytes
+  const void* x;              // [T, K], row stride x_stride; multiples of 16 bytes
+  const void* packed;         // the weight, packed; at a multiple of 16 bytes
+  const float* x_scale;       // [T] if x_scale_per_token, else [1]
+  const float* weight_scale;  // [N] if weight_scale_per_row, else [1]; rows in the order before packing
+  const float* out_scale;     // [1], for kFp8
+  void* workspace;  // linear_workspace_bytes(T, SMs), all bits set at first; one launch at a time may use it
+  int num_tokens;   // T, 0..256
+  int num_rows;     // N
+  int num_cols;     // K
+  int64_t out_stride;  // elements between rows, even
+  int64_t x_stride;
+  bool x_scale_per_token, weight_scale_per_row;
+  OutType out_type;
+  Epilogue epilogue;
+  LinearSchedule schedule;  // make_linear_schedule of N, K, the element size and the GPU
+};
+template <class Element>
+void packed_linear(const PackedLinearParams& p, cudaStream_t stream);
+
+}  // namespace nf

@@ -1,0 +1,43 @@
+// SPDX-License-Identifier: Apache-2.0
+// Copies by the bulk engine, global to shared, which complete on an mbarrier. One thread issues each. sm_90.
+#pragma once
+
+#include <cuda.h>
+
+#include "kernels/ptx/mbarrier.cuh"
+
+namespace nf::ptx {
+
+// The L2 policy for data that is read once.
+__device__ __forceinline__ uint64_t evict_first_policy() {
+  uint64_t policy;
+  asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+
+// Addresses and `bytes` are multiples of 16.
+__device__ __forceinline__ void bulk_load(void* shared, const void* global, uint32_t bytes, uint64_t* barrier,
+                                          uint64_t policy) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, "
+      "[%3], "
+      "%4;" ::"r"(smem_address(shared)),
+      "l"(global), "r"(bytes), "r"(smem_address(barrier)), "l"(policy)
+      : "memory");
+}
+
+// One box of a 2-D tensor map; x is the coordinate along the contiguous dimension, in elements.
+__device__ __forceinline__ void tensor_load(void* shared, const CUtensorMap* map, int x, int y,
+                                            uint64_t* barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], "
+      "[%2];" ::"r"(smem_address(shared)),
+      "l"(map), "r"(smem_address(barrier)), "r"(x), "r"(y)
+      : "memory");
+}
+
+__device__ __forceinline__ void prefetch_tensor_map(const CUtensorMap* map) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
+}
+
+}  // namespace nf::ptx

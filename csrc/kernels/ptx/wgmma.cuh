@@ -1,0 +1,129 @@
+// SPDX-License-Identifier: Apache-2.0
+// wgmma: D[64, N] (+)= A[64, 32 bytes of K] * B[N, 32 bytes of K]^T by a warpgroup of 128 threads, both
+// operands in shared memory, K-major with the 128-byte swizzle, FP32 accumulators. sm_90a.
+//
+// Discipline: wgmma_fence, the products of one group, wgmma_commit, wgmma_wait; no one touches the
+// accumulators between fence and wait.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp8.h>
+
+#include <cstdint>
+
+#include "kernels/ptx/mbarrier.cuh"
+
+namespace nf::ptx {
+
+constexpr int kWgmmaStepBytes = 32;  // of K, in one instruction
+
+// Describes rows of 128 bytes, swizzled, at a multiple of 1024 bytes: eight rows are 1024 bytes, the offset
+// to the next eight.
+__device__ __forceinline__ uint64_t wgmma_descriptor(const void* shared) {
+  constexpr uint64_t kSwizzle128 = uint64_t(1) << 62, kStride = uint64_t(1024 / 16) << 32,
+                     kUnused = uint64_t(1) << 16;
+  return kSwizzle128 | kStride | kUnused | (smem_address(shared) & 0x3FFFF) >> 4;
+}
+// The descriptor `steps` instructions further along K.
+__device__ __forceinline__ uint64_t wgmma_advance(uint64_t descriptor, int steps) {
+  return descriptor + uint64_t(steps * (kWgmmaStepBytes / 16));
+}
+
+// Orders earlier accesses to the accumulator registers before the products that follow.
+__device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void wgmma_commit() {
+  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+}
+// Until all committed groups are done.
+__device__ __forceinline__ void wgmma_wait() {
+  asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+}
+
+// Changes the registers per thread of this warpgroup; takes wait until others have left as many.
+template <int kRegisters>
+__device__ __forceinline__ void take_registers() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+template <int kRegisters>
+__device__ __forceinline__ void leave_registers() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+
+// wgmma(Element(), d, a, b, accumulate): d += a * b, or d = a * b. N is twice the number of registers.
+#define NF_WGMMA(kElement, kRegisters, kInstruction, kList, kA, kB, kAccumulate, kEnd, ...)                \
+  __device__ __forceinline__ void wgmma(kElement, float (&d)[kRegisters], uint64_t a, uint64_t b,          \
+                                        bool accumulate) {                                                 \
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " kAccumulate ", 0;\n" kInstruction " {" kList "}, " kA \
+                 ", " kB ", p, 1, 1" kEnd ";\n}"                                                           \
+                 : __VA_ARGS__                                                                             \
+                 : "l"(a), "l"(b), "r"(int(accumulate)));                                                  \
+  }
+
+#define NF_LIST_8 "%0, %1, %2, %3"
+#define NF_REGS_8 "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+#define NF_LIST_16 "%0, %1, %2, %3, %4, %5, %6, %7"
+#define NF_REGS_16 \
+  "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7])
+#define NF_LIST_32 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
+#define NF_REGS_32                                                                                \
+  "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]), \
+      "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15])
+#define NF_LIST_64                                                                                  \
+  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, " \
+  "%21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define NF_REGS_64                                                                                          \
+  "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]),           \
+      "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]), \
+      "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]),            \
+      "+f"(d[23]), "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]),            \
+      "+f"(d[30]), "+f"(d[31])
+#define NF_LIST_128                                                                                 \
+  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, " \
+  "%21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, " \
+  "%40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, " \
+  "%59, %60, %61, %62, %63"
+#define NF_REGS_128                                                                                         \
+  "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]),           \
+      "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]), \
+      "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]),            \
+      "+f"(d[23]), "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]),            \
+      "+f"(d[30]), "+f"(d[31]), "+f"(d[32]), "+f"(d[33]), "+f"(d[34]), "+f"(d[35]), "+f"(d[36]),            \
+      "+f"(d[37]), "+f"(d[38]), "+f"(d[39]), "+f"(d[40]), "+f"(d[41]), "+f"(d[42]), "+f"(d[43]),            \
+      "+f"(d[44]), "+f"(d[45]), "+f"(d[46]), "+f"(d[47]), "+f"(d[48]), "+f"(d[49]), "+f"(d[50]),            \
+      "+f"(d[51]), "+f"(d[52]), "+f"(d[53]), "+f"(d[54]), "+f"(d[55]), "+f"(d[56]), "+f"(d[57]),            \
+      "+f"(d[58]), "+f"(d[59]), "+f"(d[60]), "+f"(d[61]), "+f"(d[62]), "+f"(d[63])
+
+NF_WGMMA(__nv_fp8_e4m3, 4, "wgmma.mma_async.sync.aligned.m64n8k32.f32.e4m3.e4m3", NF_LIST_8, "%4", "%5", "%6",
+         "", NF_REGS_8)
+NF_WGMMA(__nv_fp8_e4m3, 8, "wgmma.mma_async.sync.aligned.m64n16k32.f32.e4m3.e4m3", NF_LIST_16, "%8", "%9",
+         "%10", "", NF_REGS_16)
+NF_WGMMA(__nv_fp8_e4m3, 16, "wgmma.mma_async.sync.aligned.m64n32k32.f32.e4m3.e4m3", NF_LIST_32, "%16", "%17",
+         "%18", "", NF_REGS_32)
+NF_WGMMA(__nv_fp8_e4m3, 32, "wgmma.mma_async.sync.aligned.m64n64k32.f32.e4m3.e4m3", NF_LIST_64, "%32", "%33",
+         "%34", "", NF_REGS_64)
+NF_WGMMA(__nv_fp8_e4m3, 64, "wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3", NF_LIST_128, "%64",
+         "%65", "%66", "", NF_REGS_128)
+NF_WGMMA(__nv_bfloat16, 4, "wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16", NF_LIST_8, "%4", "%5", "%6",
+         ", 0, 0", NF_REGS_8)
+NF_WGMMA(__nv_bfloat16, 8, "wgmma.mma_async.sync.aligned.m64n16k16.f32.bf16.bf16", NF_LIST_16, "%8", "%9",
+         "%10", ", 0, 0", NF_REGS_16)
+NF_WGMMA(__nv_bfloat16, 16, "wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16", NF_LIST_32, "%16", "%17",
+         "%18", ", 0, 0", NF_REGS_32)
+NF_WGMMA(__nv_bfloat16, 32, "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16", NF_LIST_64, "%32", "%33",
+         "%34", ", 0, 0", NF_REGS_64)
+NF_WGMMA(__nv_bfloat16, 64, "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16", NF_LIST_128, "%64",
+         "%65", "%66", ", 0, 0", NF_REGS_128)
+
+#undef NF_WGMMA
+#undef NF_LIST_8
+#undef NF_REGS_8
+#undef NF_LIST_16
+#undef NF_REGS_16
+#undef NF_LIST_32
+#undef NF_REGS_32
+#undef NF_LIST_64
+#undef NF_REGS_64
+#undef NF_LIST_128
+#undef NF_REGS_128
+
+}  // namespace nf::ptx

@@ -1,0 +1,209 @@
+// SPDX-License-Identifier: Apache-2.0
+// The split of decode attention, emulated: every CTA walks its part of the line of pages, merges and emits as
+// the kernel does, and the last arriver of a shared pair merges what it finds. A leaf's value is a hash of
+// the pages in it and merging hashes two values, so that equal results mean equal trees: the same with 1 and
+// with 528 CTAs, alone and in a batch.
+#include <algorithm>
+#include <map>
+#include <random>
+#include <vector>
+
+#include "host/attention_schedule.h"
+#include "testing.h"
+
+namespace {
+
+using namespace nf::attn;
+using Hash = uint64_t;
+
+Hash merge(Hash left, Hash right) { return (left * 0x9E3779B97F4A7C15u ^ right) * 0xBF58476D1CE4E5B9u + 1; }
+
+struct Emulation {
+  std::vector<int> pages;  // of each tile
+  int num_kv_heads;
+  int num_ctas;
+  int batch_level;  // of merging partials: 2^batch_level leaves at a time
+
+  struct Stack {
+    Hash value[kGroupLevel + 1];
+    uint32_t pending = 0;
+  };
+  std::map<std::pair<int, int>, Hash> partials;  // (CTA, index)
+  std::vector<Hash> results;                     // of each pair
+  std::vector<int64_t> pages_done;               // of each CTA
+
+  // As Pair::push of the kernel.
+  bool push(Stack& stack, Hash& value, int leaf, int first_leaf, bool whole, bool is_last, int cta,
+            int* emitted) {
+    const Push plan = plan_push(leaf, 0, first_leaf, whole);
+    for (int l = 0; l < plan.merged_level; ++l) {
+      EXPECT_EQ(stack.pending >> l & 1, 1u);
+      value = merge(stack.value[l], value);
+      stack.pending &= ~(1u << l);
+    }
+    if (whole && is_last) {
+      for (int l = 0; l <= kGroupLevel; ++l)
+        if (stack.pending >> l & 1) value = merge(stack.value[l], value);
+      stack.pending = 0;
+      return true;
+    }
+    if (plan.emit) {
+      emit(value, first_leaf, cta, emitted);
+    } else {
+      EXPECT_EQ(stack.pending >> plan.merged_level & 1, 0u);
+      stack.value[plan.merged_level] = value;
+      stack.pending |= 1u << plan.merged_level;
+    }
+    return false;
+  }
+
+  void emit(Hash value, int first_leaf, int cta, int* emitted) {
+    EXPECT_EQ(*emitted < (first_leaf > 0 ? kPartialsOfFirst : kPartialsOfLast), true);
+    const bool is_new =
+        partials.emplace(std::pair(cta, partial_index(first_leaf, (*emitted)++)), value).second;
+    EXPECT_EQ(is_new, true);
+  }
+
+  void run() {
+    int64_t W = 0;
+    for (int n : pages) W += int64_t(n) * num_kv_heads;
+    pages_done.assign(num_ctas, 0);
+    int64_t begin = 0;
+    for (size_t tile = 0; tile < pages.size(); ++tile) {
+      const int leaf_size = leaf_pages(pages[tile], leaves_wanted(num_kv_heads)),
+                num_leaves = ceil_div(pages[tile], leaf_size);
+      EXPECT_EQ(num_leaves <= kMaxLeaves, true);
+      for (int head = 0; head < num_kv_heads; ++head, begin += pages[tile])
+        results.push_back(run_pair(int(tile), begin, W, leaf_size, num_leaves));
+    }
+  }
+
+  Hash run_pair(int tile, int64_t begin, int64_t W, int leaf_size, int num_leaves) {
+    const auto owner = [&](int leaf) { return owner_of(begin + int64_t(leaf) * leaf_size, W, num_ctas); };
+    const auto value_of = [&](int leaf) { return Hash(tile) << 40 | Hash(leaf) << 20 | Hash(leaf_size); };
+    for (int leaf = 0; leaf < num_leaves; ++leaf) {
+      const int64_t at = begin + int64_t(leaf) * leaf_size;
+      const int cta = owner(leaf);
+      EXPECT_EQ(part_begin(cta, W, num_ctas) <= at && at < part_begin(cta + 1, W, num_ctas), true);
+      pages_done[cta] += std::min(leaf_size, pages[tile] - leaf * leaf_size);
+    }
+    for (int first = 0; first < num_leaves;) {  // the CTAs that share the pair, one after another
+      const int cta = owner(first);
+      int last = first;
+      while (last + 1 < num_leaves && owner(last + 1) == cta) ++last;
+      const bool whole = first == 0 && last + 1 == num_leaves;
+      Stack stack;
+      int emitted = 0;
+      for (int leaf = first; leaf <= last; ++leaf) {
+        Hash value = value_of(leaf);
+        if (push(stack, value, leaf, first, whole, leaf == last, cta, &emitted)) return value;
+      }
+      for (int level = kGroupLevel; level >= 0; --level)
+        if (stack.pending >> level & 1) emit(stack.value[level], first, cta, &emitted);
+      first = last + 1;
+    }
+
+    // The last arriver: what a lane of the warp finds out about its leaf.
+    const auto level_of = [&](int leaf) {
+      int level = 0;
+      for (int l = 1; l <= kGroupLevel; ++l) {
+        const int low = leaf >> l << l, high = low + (1 << l) - 1;
+        if (high < num_leaves && owner(low) == owner(high)) level = l;
+      }
+      return level;
+    };
+    const auto is_start = [&](int leaf) { return leaf >> level_of(leaf) << level_of(leaf) == leaf; };
+    const auto partial_of = [&](int leaf) {
+      int first = leaf, ordinal = 0;
+      while (first > 0 && owner(first - 1) == owner(leaf)) ordinal += is_start(--first);
+      const auto found = partials.find({owner(leaf), partial_index(first, ordinal)});
+      EXPECT_EQ(found != partials.end(), true);
+      const Hash value = found->second;
+      partials.erase(found);
+      return value;
+    };
+    const auto any_start_from = [&](int leaf) {
+      while (leaf < num_leaves && !is_start(leaf)) ++leaf;
+      return leaf < num_leaves;
+    };
+    // A batch's part of the tree, then the stack, as Pair::merge_partials.
+    Stack stack;
+    const int batch = 1 << batch_level;
+    for (int first = 0; first < num_leaves; first += batch) {
+      if (!is_start(first)) continue;  // part of a subtree that began before
+      std::vector<Hash> value(batch);
+      const auto present = [&](int i) { return first + i < num_leaves && is_start(first + i); };
+      for (int i = 0; i < batch; ++i)
+        if (present(i)) value[i] = partial_of(first + i);
+      for (int step = 1; step < batch; step *= 2) {
+        for (int i = 0; i < batch; i += 2 * step)
+          if (present(i + step)) value[i] = merge(value[i], value[i + step]);
+      }
+      // Whole unless it is the last; the last merges with all that is pending, whatever its size.
+      const int level = std::max(batch_level, level_of(first));
+      const Push plan = plan_push(first, level, 0, true);
+      for (int l = level; l < plan.merged_level; ++l) {
+        EXPECT_EQ(stack.pending >> l & 1, 1u);
+        value[0] = merge(stack.value[l], value[0]);
+        stack.pending &= ~(1u << l);
+      }
+      if (!any_start_from(first + batch)) {
+        for (int l = 0; l <= kGroupLevel; ++l)
+          if (stack.pending >> l & 1) value[0] = merge(stack.value[l], value[0]);
+        return value[0];
+      }
+      EXPECT_EQ(stack.pending >> plan.merged_level & 1, 0u);
+      stack.value[plan.merged_level] = value[0];
+      stack.pending |= 1u << plan.merged_level;
+    }
+    throw std::runtime_error("the walk over the partials has no end");
+  }
+};
+
+std::vector<Hash> results_of(const std::vector<int>& pages, int num_kv_heads, int num_ctas) {
+  Emulation e{pages, num_kv_heads, num_ctas, num_ctas % 2 + 2, {}, {}, {}};
+  e.run();
+  EXPECT_EQ(e.partials.size(), 0u);  // what was emitted was read
+  int64_t W = 0, longest = 0;
+  for (int n : pages) {
+    W += int64_t(n) * num_kv_heads;
+    longest = std::max<int64_t>(longest, leaf_pages(n, leaves_wanted(num_kv_heads)));
+  }
+  for (int64_t done : e.pages_done)
+    EXPECT_EQ(done <= W / num_ctas + 1 + longest, true);  // equal but for a leaf
+  return e.results;
+}
+
+void check_leaves() {
+  EXPECT_EQ(leaf_pages(1, leaves_wanted(8)), 1);
+  EXPECT_EQ(leaf_pages(32, leaves_wanted(8)), 2);     // 2048 tokens: 16 leaves in each of 8 heads, 128 in all
+  EXPECT_EQ(leaf_pages(512, leaves_wanted(8)), 32);   // 32768 tokens: the longest with 16
+  EXPECT_EQ(leaf_pages(2048, leaves_wanted(8)), 64);  // 131072 tokens: 32
+  EXPECT_EQ(leaf_pages(2048, leaves_wanted(1)), 64);
+  EXPECT_EQ(leaf_pages(32, leaves_wanted(1)), 1);
+}
+
+void check_random_batches() {
+  std::mt19937 random(0);
+  const auto draw = [&](int low, int high) { return int(random() % unsigned(high - low + 1)) + low; };
+  for (int round = 0; round < 400; ++round) {
+    const int num_kv_heads = 1 << draw(0, 3), num_tiles = draw(1, 12);
+    std::vector<int> pages(num_tiles);
+    for (int& n : pages) n = draw(0, 3) == 0 ? draw(1, 2048) : draw(1, 70);
+    const std::vector<Hash> want = results_of(pages, num_kv_heads, 1);
+    for (int num_ctas : {2, 7, 132, 216, 264, draw(1, 528)})
+      EXPECT_EQ(results_of(pages, num_kv_heads, num_ctas) == want, true);
+    // The first tile alone, on a whole GPU.
+    const std::vector<Hash> alone = results_of({pages[0]}, num_kv_heads, 264);
+    EXPECT_EQ(std::equal(alone.begin(), alone.end(), want.begin()), true);
+  }
+}
+
+}  // namespace
+
+int main() {
+  return testing::run([] {
+    check_leaves();
+    check_random_batches();
+  });
+}

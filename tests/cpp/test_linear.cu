@@ -1,0 +1,332 @@
+// SPDX-License-Identifier: Apache-2.0
+// pack_weight and packed_linear without torch or Python: the program that compute-sanitizer runs (with the
+// argument "tiny").
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <vector>
+
+#include "kernels/common/check.h"
+#include "kernels/linear/linear.h"
+#include "testing.h"
+
+namespace {
+
+struct Case {
+  int num_rows, num_cols;
+};
+// N, K: edges, SmolLM2-135M, and the linears of Super-49B (down: a few widths)
+const Case kSmall[] = {{16, 16}, {48, 80}, {576, 576}, {1536, 576}, {352, 704}, {144, 1536}};
+const Case kLarge[] = {{576, 1536},   {704, 352},    {10240, 8192}, {8192, 8192}, {5632, 8192},
+                       {57344, 8192}, {8192, 28672}, {8192, 2816},  {8192, 5632}, {8192, 17920}};
+const Case kTiny[] = {{48, 80}, {144, 1536}, {352, 704}};
+const int kTokens[] = {1, 2, 7, 8, 9, 16, 17, 33, 64, 65, 100, 128, 200, 256};
+enum Size { kEverything, kSmallCases, kTinyCases } size = kEverything;
+constexpr int kMaxTokens = 256;
+constexpr int kPadding = 16;  // between rows of the output
+
+template <class T>
+class DeviceArray {
+ public:
+  explicit DeviceArray(size_t size) : size_(size) { NF_CUDA(cudaMalloc(&data_, size * sizeof(T))); }
+  ~DeviceArray() { cudaFree(data_); }
+  DeviceArray(const DeviceArray&) = delete;
+  DeviceArray& operator=(const DeviceArray&) = delete;
+  T* get() const { return data_; }
+  void fill(int byte) const { NF_CUDA(cudaMemset(data_, byte, size_ * sizeof(T))); }
+  std::vector<T> read() const {
+    std::vector<T> host(size_);
+    NF_CUDA(cudaMemcpy(host.data(), data_, size_ * sizeof(T), cudaMemcpyDeviceToHost));
+    return host;
+  }
+
+ private:
+  T* data_ = nullptr;
+  size_t size_;
+};
+
+__device__ float hash_normal(uint64_t i, uint32_t seed) {  // the sum of four uniforms, variance 1
+  float sum = 0.0f;
+  for (int j = 0; j < 4; ++j) {
+    uint64_t v = (i * 4 + j + 1) * 0x9E3779B97F4A7C15ull + seed * 0xD1B54A32D192ED03ull;
+    v = (v ^ v >> 30) * 0xBF58476D1CE4E5B9ull;
+    v = (v ^ v >> 27) * 0x94D049BB133111EBull;
+    sum += float((v ^ v >> 31) >> 40) * 0x1p-24f - 0.5f;
+  }
+  return sum * 1.7320508f;
+}
+
+template <class T>
+__global__ void fill_normal(T* values, int64_t size, uint32_t seed, float scale, float offset) {
+  for (int64_t i = blockIdx.x * int64_t(blockDim.x) + threadIdx.x; i < size;
+       i += int64_t(gridDim.x) * blockDim.x)
+    values[i] = T(hash_normal(i, seed) * scale + offset);
+}
+
+// A warp per sample: sums in double. want[s] = the result, magnitude[s] = the root of the sum of the squared
+// products
+template <class T>
+__global__ void reference(double* want, double* magnitude, const T* x, const T* weight, const float* x_scale,
+                          const float* weight_scale, int num_rows, int num_cols, int num_samples,
+                          int sample_stride) {
+  const int s = (blockIdx.x * blockDim.x + threadIdx.x) / 32, lane = threadIdx.x % 32;
+  if (s >= num_samples) return;
+  const int64_t at = int64_t(s) * sample_stride;
+  const int token = int(at / num_rows), row = int(at % num_rows);
+  double sum = 0, squares = 0;
+  for (int k = lane; k < num_cols; k += 32) {
+    const double v =
+        double(float(x[int64_t(token) * num_cols + k])) * double(float(weight[int64_t(row) * num_cols + k]));
+    sum += v, squares += v * v;
+  }
+  for (int mask = 16; mask > 0; mask /= 2) {
+    sum += __shfl_xor_sync(~0u, sum, mask);
+    squares += __shfl_xor_sync(~0u, squares, mask);
+  }
+  const double scale = double(x_scale[token]) * weight_scale[row];
+  want[s] = sum * scale, magnitude[s] = sqrt(squares) * scale;
+}
+
+int num_sms() {
+  int n;
+  NF_CUDA(cudaDeviceGetAttribute(&n, cudaDevAttrMultiProcessorCount, 0));
+  return n;
+}
+
+template <class T>
+struct Problem {
+  Case c;
+  nf::PackedShape shape;
+  DeviceArray<T> weight, x;
+  DeviceArray<uint8_t> packed, workspace;
+  DeviceArray<float> x_scale, weight_scale;
+  cudaStream_t stream;
+
+  explicit Problem(const Case& c)
+      : c(c),
+        shape(nf::packed_shape(c.num_rows, c.num_cols, sizeof(T))),
+        weight(size_t(c.num_rows) * c.num_cols),
+        x(size_t(kMaxTokens) * c.num_cols),
+        packed(shape.packed_bytes()),
+        workspace(nf::linear_workspace_bytes(kMaxTokens, num_sms())),
+        x_scale(kMaxTokens),
+        weight_scale(c.num_rows) {
+    NF_CUDA(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
+    fill_normal<<<1024, 256>>>(weight.get(), int64_t(c.num_rows) * c.num_cols, 1, 1.0f, 0.0f);
+    fill_normal<<<1024, 256>>>(x.get(), int64_t(kMaxTokens) * c.num_cols, 2, 1.0f, 0.0f);
+    fill_normal<<<1, 256>>>(x_scale.get(), kMaxTokens, 3, 0.1f, 1.0f);
+    fill_normal<<<1, 256>>>(weight_scale.get(), c.num_rows, 4, 0.1f, 1.0f);
+    packed.fill(0xff);
+    workspace.fill(0xff);
+    NF_CUDA(cudaDeviceSynchronize());
+    pack(packed.get(), false);
+  }
+  ~Problem() { cudaStreamDestroy(stream); }
+
+  void pack(uint8_t* to, bool interleave) {
+    nf::pack_weight({.packed = to, .weight = weight.get(), .shape = shape, .interleave = interleave}, stream);
+    NF_CUDA(cudaStreamSynchronize(stream));
+  }
+
+  nf::PackedLinearParams params(void* out, int num_tokens, nf::OutType type) const {
+    const auto schedule = nf::make_linear_schedule(c.num_rows, c.num_cols, sizeof(T), num_sms());
+    return {.out = out,
+            .x = x.get(),
+            .packed = packed.get(),
+            .x_scale = x_scale.get(),
+            .weight_scale = weight_scale.get(),
+            .out_scale = nullptr,
+            .workspace = workspace.get(),
+            .num_tokens = num_tokens,
+            .num_rows = c.num_rows,
+            .num_cols = c.num_cols,
+            .out_stride = c.num_rows + kPadding,
+            .x_stride = c.num_cols,
+            .x_scale_per_token = true,
+            .weight_scale_per_row = true,
+            .out_type = type,
+            .epilogue = nf::Epilogue::kStore,
+            .schedule = schedule};
+  }
+
+  // One call on poisoned output; rows of N + kPadding.
+  template <class Out>
+  std::vector<Out> run(int num_tokens) {
+    const DeviceArray<Out> out(size_t(num_tokens) * (c.num_rows + kPadding));
+    out.fill(0xff);  // NaN
+    const auto type = sizeof(Out) == 4 ? nf::OutType::kFloat : nf::OutType::kBfloat16;
+    nf::packed_linear<T>(params(out.get(), num_tokens, type), stream);
+    NF_CUDA(cudaStreamSynchronize(stream));
+    return out.read();
+  }
+};
+
+void check(bool ok, const std::string& message) {
+  if (!ok) throw std::runtime_error(message);
+}
+
+std::string name(const Case& c, int num_tokens, size_t element_bytes) {
+  return "N=" + std::to_string(c.num_rows) + " K=" + std::to_string(c.num_cols) +
+         " T=" + std::to_string(num_tokens) + (element_bytes == 1 ? " e4m3" : " bf16");
+}
+
+template <class T>
+void check_packing(Problem<T>& p) {
+  const auto weight = p.weight.read();
+  for (bool interleave : {false, true}) {
+    if (interleave && p.c.num_rows % 32 != 0) continue;
+    const DeviceArray<uint8_t> d_packed(p.shape.packed_bytes());
+    d_packed.fill(0xff);
+    p.pack(d_packed.get(), interleave);
+    const auto found = d_packed.read();
+    std::vector<uint8_t> want(found.size(), 0);
+    for (int64_t n = 0; n < p.c.num_rows; ++n) {
+      const int64_t from = interleave ? nf::gate_up_row(n, p.c.num_rows) : n;
+      for (int64_t k = 0; k < p.c.num_cols; ++k)
+        std::memcpy(&want[p.shape.offset(n, k * sizeof(T))], &weight[from * p.c.num_cols + k], sizeof(T));
+    }
+    check(found == want, "packed weight differs, " + name(p.c, 0, sizeof(T)));
+  }
+}
+
+// Against sums in double at up to 64K places: all of them for a small case.
+template <class T>
+double relative_error(const Problem<T>& p, const std::vector<float>& out, int num_tokens) {
+  const int64_t size = int64_t(num_tokens) * p.c.num_rows;
+  const int stride = size <= 65536 ? 1 : int(size / 65536) | 1,
+            num_samples = int((size + stride - 1) / stride);
+  const DeviceArray<double> d_want(num_samples), d_magnitude(num_samples);
+  reference<<<(num_samples + 7) / 8, 256>>>(d_want.get(), d_magnitude.get(), p.x.get(), p.weight.get(),
+                                            p.x_scale.get(), p.weight_scale.get(), p.c.num_rows, p.c.num_cols,
+                                            num_samples, stride);
+  NF_CUDA(cudaDeviceSynchronize());
+  const auto want = d_want.read(), magnitude = d_magnitude.read();
+  double worst = 0;
+  for (int s = 0; s < num_samples; ++s) {
+    const int64_t at = int64_t(s) * stride;
+    const double found = out[at / p.c.num_rows * (p.c.num_rows + kPadding) + at % p.c.num_rows];
+    const double error = std::abs(found - want[s]) / magnitude[s];
+    if (!(error <= worst)) worst = error;  // NaN stays
+    if (std::isnan(error)) return error;
+  }
+  return worst;
+}
+
+// The other epilogues against the plain one, rounded on the host.
+template <class T>
+void check_epilogues(Problem<T>& p) {
+  constexpr int kT = 33;
+  const int64_t stride = p.c.num_rows + kPadding;
+  const std::vector<float> y = p.template run<float>(kT);
+  const auto at = [&](int t, int64_t n) { return float(__nv_bfloat16(y[t * stride + n])); };
+  const DeviceArray<__nv_bfloat16> out(kT * stride);
+  fill_normal<<<64, 256>>>(out.get(), kT * stride, 9, 30.0f, 0.0f);
+  NF_CUDA(cudaDeviceSynchronize());
+  const auto residual = out.read();
+  auto params = p.params(out.get(), kT, nf::OutType::kBfloat16);
+  params.epilogue = nf::Epilogue::kAdd;
+  nf::packed_linear<T>(params, p.stream);
+  NF_CUDA(cudaStreamSynchronize(p.stream));
+  const auto sum = out.read();
+  for (int t = 0; t < kT; ++t)
+    for (int64_t n = 0; n < stride; ++n) {
+      const float want = float(residual[t * stride + n]) + (n < p.c.num_rows ? at(t, n) : 0.0f);
+      check(float(sum[t * stride + n]) == float(__nv_bfloat16(want)),
+            "residual, " + name(p.c, kT, sizeof(T)));
+    }
+
+  if (p.c.num_rows % 32 != 0) return;
+  const int width = p.c.num_rows / 2;
+  p.pack(p.packed.get(), true);
+  params.epilogue = nf::Epilogue::kSwiglu;
+  nf::packed_linear<T>(params, p.stream);
+  const DeviceArray<__nv_fp8_e4m3> quantised(kT * stride);
+  quantised.fill(0);  // columns beyond F are read too
+  const DeviceArray<float> scale(1);
+  fill_normal<<<1, 1>>>(scale.get(), 1, 5, 0.0f, 3.0f);
+  NF_CUDA(cudaDeviceSynchronize());
+  params.out = quantised.get(), params.out_type = nf::OutType::kFp8, params.out_scale = scale.get();
+  nf::packed_linear<T>(params, p.stream);
+  NF_CUDA(cudaStreamSynchronize(p.stream));
+  const auto product = out.read();
+  const auto q = quantised.read();
+  double largest = 0, worst = 0, worst_q = 0;
+  for (int t = 0; t < kT; ++t)
+    for (int n = 0; n < width; ++n) {
+      const double want = at(t, n) / (1 + std::exp(-double(at(t, n)))) * at(t, width + n);
+      largest = std::max(largest, std::abs(want));
+      worst = std::max(worst, std::abs(float(product[t * stride + n]) - want));
+      worst_q = std::max(worst_q,
+                         std::abs(3.0 * float(q[t * stride + n]) - std::clamp(want, -3 * 448.0, 3 * 448.0)) -
+                             0.07 * std::abs(want));
+    }
+  check(worst < 0.02 * largest, "SwiGLU, " + name(p.c, kT, sizeof(T)) + ": " + std::to_string(worst) +
+                                    " of " + std::to_string(largest));
+  check(worst_q < 0.02 * largest,
+        "quantised SwiGLU, " + name(p.c, kT, sizeof(T)) + ": " + std::to_string(worst_q));
+}
+
+template <class T>
+void check_case(const Case& c, bool small) {
+  Problem<T> p(c);
+  if (small) check_packing(p);
+  const int64_t stride = c.num_rows + kPadding;
+  const std::vector<float> all = p.template run<float>(kMaxTokens);
+  double worst = 0;
+  for (int T_ : kTokens) {
+    if ((!small || size == kTinyCases) && T_ != 1 && T_ != 9 && T_ != 33 && T_ % 64 != 0)
+      continue;  // these take long
+    const std::vector<float> out = p.template run<float>(T_), again = p.template run<float>(T_);
+    const double error = relative_error(p, out, T_);
+    worst = std::max(worst, error);
+    check(error < (sizeof(T) == 1 ? 2e-3 : 1e-4),
+          "error " + std::to_string(error) + ", " + name(c, T_, sizeof(T)));
+    check(std::memcmp(out.data(), again.data(), out.size() * 4) == 0,
+          "two runs differ, " + name(c, T_, sizeof(T)));
+    check(std::memcmp(out.data(), all.data(), out.size() * 4) == 0,
+          "differs from the same rows of T=256, " + name(c, T_, sizeof(T)));
+    for (int t = 0; t < T_; ++t)
+      for (int64_t n = 0; n < stride; ++n)
+        check(std::isnan(out[t * stride + n]) == (n >= c.num_rows), "poison, " + name(c, T_, sizeof(T)));
+    const auto rounded = p.template run<__nv_bfloat16>(T_);
+    for (int t = 0; t < T_; ++t)
+      for (int n = 0; n < c.num_rows; ++n)
+        check(float(rounded[t * stride + n]) == float(__nv_bfloat16(out[t * stride + n])),
+              "bf16, " + name(c, T_, sizeof(T)));
+  }
+  const auto workspace = p.workspace.read();
+  check(workspace == std::vector<uint8_t>(workspace.size(), 0xff),
+        "the workspace is not as it was, " + name(c, 0, sizeof(T)));
+  if (small) check_epilogues(p);
+  std::printf("%-32s worst error %.2e\n", name(c, kMaxTokens, sizeof(T)).c_str(), worst);
+}
+
+void check_rejects() {
+  nf::PackedLinearParams p{};
+  p.num_tokens = 257, p.num_rows = 64, p.num_cols = 64;
+  testing::expect_throws([&] { nf::packed_linear<__nv_bfloat16>(p, nullptr); }, "T=257");
+  p.num_tokens = 1;
+  p.num_cols = 40;
+  testing::expect_throws([&] { nf::packed_linear<__nv_bfloat16>(p, nullptr); }, "K=40");
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  int num_gpus = 0, major = 0;
+  if (cudaGetDeviceCount(&num_gpus) == cudaSuccess && num_gpus > 0)
+    cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0);
+  if (major != 9) {
+    std::puts("skipped: no GPU of sm_90");
+    return testing::kSkipped;
+  }
+  if (argc > 1) size = std::strcmp(argv[1], "tiny") == 0 ? kTinyCases : kSmallCases;
+  return testing::run([] {
+    const auto& cases = size == kTinyCases ? std::vector<Case>(std::begin(kTiny), std::end(kTiny))
+                                           : std::vector<Case>(std::begin(kSmall), std::end(kSmall));
+    for (const Case& c : cases) check_case<__nv_fp8_e4m3>(c, true), check_case<__nv_bfloat16>(c, true);
+    if (size == kEverything)
+      for (const Case& c : kLarge) check_case<__nv_fp8_e4m3>(c, false), check_case<__nv_bfloat16>(c, false);
+    check_rejects();
+  });
+}

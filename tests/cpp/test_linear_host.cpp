@@ -1,0 +1,200 @@
+// SPDX-License-Identifier: Apache-2.0
+// The packed format and the stream-K schedule without a GPU: an emulation multiplies through exactly the maps
+// that the kernel uses.
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <random>
+#include <vector>
+
+#include "host/linear_schedule.h"
+#include "host/weight_layout.h"
+#include "testing.h"
+
+namespace {
+
+using nf::LinearSchedule;
+using nf::PackedShape;
+
+void test_offsets_of_a_tile() {
+  const PackedShape shape = nf::packed_shape(8192, 28672, 1);
+  EXPECT_EQ(shape.packed_bytes(), 8192LL * 28672);
+  EXPECT_EQ(shape.offset(0, 0), 0);
+  EXPECT_EQ(shape.offset(0, 16), 16);
+  EXPECT_EQ(shape.offset(1, 0), 128 + 16);  // chunk 0 of row 1 is at position 1
+  EXPECT_EQ(shape.offset(9, 5), 9 * 128 + 16 + 5);
+  EXPECT_EQ(shape.offset(7, 127), 7 * 128 + 15);   // chunk 7 of row 7 is at position 0
+  EXPECT_EQ(shape.offset(64, 0), 8192);            // the second warpgroup's tile
+  EXPECT_EQ(shape.offset(0, 128), 16384);          // the next k tile
+  EXPECT_EQ(shape.offset(128, 0), 224LL * 16384);  // the next block
+  EXPECT_EQ(nf::packed_shape(128256, 16384, 2).offset(128255, 32767) > 4'000'000'000, true);  // 64 bits
+}
+
+void test_offsets_are_distinct() {
+  for (auto [rows, cols, element_bytes] :
+       {std::array{16, 16, 1}, {48, 80, 1}, {144, 352, 2}, {272, 704, 1}}) {
+    const PackedShape shape = nf::packed_shape(rows, cols, element_bytes);
+    std::vector<bool> taken(shape.packed_bytes());
+    for (int64_t n = 0; n < rows; ++n)
+      for (int64_t k = 0; k < shape.row_bytes; ++k) {
+        const int64_t at = shape.offset(n, k);
+        EXPECT_EQ(at >= 0 && at < shape.packed_bytes() && !taken[at], true);
+        taken[at] = true;
+      }
+  }
+}
+
+void test_gate_up_rows() {
+  for (int num_rows : {32, 96, 5632}) {
+    std::vector<bool> taken(num_rows);
+    for (int i = 0; i < num_rows; ++i) {
+      const int64_t row = nf::gate_up_row(i, num_rows);
+      EXPECT_EQ(taken.at(row), false);
+      taken[row] = true;
+      if (i % 16 < 8)
+        EXPECT_EQ(nf::gate_up_row(i + 8, num_rows), row + num_rows / 2);  // its partner is 8 rows further
+    }
+  }
+}
+
+void test_fragment_covers_the_tile() {
+  for (int tokens : {8, 64, 128}) {
+    std::vector<int> hits(64 * tokens);
+    for (int thread = 0; thread < 128; ++thread)
+      for (int reg = 0; reg < tokens / 2; ++reg)
+        ++hits.at(nf::fragment_row(thread, reg) * tokens + nf::fragment_token(thread, reg));
+    EXPECT_EQ(std::count(hits.begin(), hits.end(), 1), std::ptrdiff_t(hits.size()));
+  }
+}
+
+// What the kernel does, CTA by CTA and thread by thread, in double.
+std::vector<double> emulate(const std::vector<double>& packed, const std::vector<double>& x, int rows,
+                            int cols, int tokens, const LinearSchedule& schedule) {
+  const PackedShape shape = nf::packed_shape(rows, cols, 1);
+  std::vector<double> out(size_t(tokens) * rows, NAN);
+  std::vector<std::vector<double>> slots(schedule.num_slices);
+  const auto run_piece = [&](int begin, int end) {
+    std::vector<double> sum(size_t(nf::kBlockRows) * tokens);
+    for (int unit = begin; unit < end; ++unit) {
+      const double* tile = &packed[int64_t(unit) * nf::kBlockTileBytes];
+      const int k_tile = unit % schedule.k_tiles;
+      for (int row = 0; row < nf::kBlockRows; ++row)
+        for (int position = 0; position < 8; ++position)
+          for (int byte = 0; byte < 16; ++byte) {
+            const int k = k_tile * 128 + (position ^ row % 8) * 16 + byte;
+            for (int t = 0; t < tokens && k < cols; ++t)  // beyond K the copy engine writes zeros
+              sum[row * tokens + t] += tile[row * 128 + position * 16 + byte] * x[size_t(t) * cols + k];
+          }
+    }
+    return sum;
+  };
+  for (int pass = 0; pass < 2; ++pass)  // the first fills the slots, the second owns
+    for (int cta = 0; cta < schedule.num_slices; ++cta) {
+      const auto [begin, end] = schedule.slice(cta);
+      for (int unit = begin; unit < end;) {
+        const int block = unit / schedule.k_tiles, block_end = (block + 1) * schedule.k_tiles;
+        const int piece_end = std::min(block_end, end);
+        const bool owner = unit == block * schedule.k_tiles;
+        if (owner != (pass == 1)) {
+          unit = piece_end;
+          continue;
+        }
+        auto sum = run_piece(unit, piece_end);
+        if (!owner) {
+          EXPECT_EQ(unit, begin);  // always the first piece: one slot is enough
+          EXPECT_EQ(slots[cta].empty(), true);
+          slots[cta] = sum;
+        } else {
+          if (piece_end < block_end)
+            for (int other = cta + 1; other < schedule.num_slices && schedule.slice_begin(other) < block_end;
+                 ++other) {
+              EXPECT_EQ(slots[other].empty(), false);
+              for (size_t i = 0; i < sum.size(); ++i) sum[i] += slots[other][i];
+              slots[other].clear();  // read once
+            }
+          for (int row = 0; row < nf::kBlockRows && block * nf::kBlockRows + row < rows; ++row)
+            for (int t = 0; t < tokens; ++t) {
+              double& to = out[size_t(t) * rows + block * nf::kBlockRows + row];
+              EXPECT_EQ(std::isnan(to), true);  // stored once
+              to = sum[row * tokens + t];
+            }
+        }
+        unit = piece_end;
+      }
+    }
+  for (const auto& slot : slots) EXPECT_EQ(slot.empty(), true);
+  EXPECT_EQ(shape.num_blocks() * shape.k_tiles(), schedule.num_units);
+  return out;
+}
+
+void test_emulated_products() {
+  std::mt19937 random(1);
+  const auto pick = [&](int most) { return 16 * (1 + int(random() % (most / 16))); };
+  for (int i = 0; i < 40; ++i) {
+    const int rows = pick(700), cols = pick(1800), tokens = 1 + int(random() % 3),
+              sms = 1 + int(random() % 40);
+    const PackedShape shape = nf::packed_shape(rows, cols, 1);
+    std::vector<double> weight(size_t(rows) * cols), x(size_t(tokens) * cols), packed(shape.packed_bytes());
+    for (double& v : weight) v = int(random() % 17) - 8;
+    for (double& v : x) v = int(random() % 17) - 8;
+    for (int n = 0; n < rows; ++n)
+      for (int k = 0; k < cols; ++k) packed[shape.offset(n, k)] = weight[size_t(n) * cols + k];
+    const auto out = emulate(packed, x, rows, cols, tokens, nf::make_linear_schedule(rows, cols, 1, sms));
+    for (int t = 0; t < tokens; ++t)
+      for (int n = 0; n < rows; ++n) {
+        double want = 0;
+        for (int k = 0; k < cols; ++k) want += weight[size_t(n) * cols + k] * x[size_t(t) * cols + k];
+        EXPECT_EQ(out[size_t(t) * rows + n], want);
+      }
+  }
+}
+
+void test_slices_are_equal_and_complete() {
+  for (int sms : {2, 108, 132})
+    for (auto [rows, cols, element_bytes] : {std::array{10240, 8192, 1},
+                                             {8192, 28672, 1},
+                                             {57344, 8192, 1},
+                                             {128256, 8192, 2},
+                                             {8192, 2816, 1},
+                                             {16, 16, 2}}) {
+      const LinearSchedule s = nf::make_linear_schedule(rows, cols, element_bytes, sms);
+      EXPECT_EQ(s.slice_begin(0), 0);
+      EXPECT_EQ(s.slice_begin(s.num_slices), s.num_units);
+      for (int i = 0; i < s.num_slices; ++i) {
+        const int units = s.slice(i).end - s.slice(i).begin;
+        EXPECT_EQ(units == s.num_units / s.num_slices || units == s.num_units / s.num_slices + 1, true);
+      }
+    }
+  EXPECT_EQ(nf::make_linear_schedule(8192, 8192, 1, 132).num_slices, 132);
+  EXPECT_EQ(nf::make_linear_schedule(16, 16, 1, 132).num_slices, 1);  // one unit
+}
+
+void test_workspace_and_tokens() {
+  EXPECT_EQ(nf::padded_tokens(1), 8);
+  EXPECT_EQ(nf::padded_tokens(9), 16);
+  EXPECT_EQ(nf::padded_tokens(256), 256);
+  EXPECT_EQ(nf::linear_workspace_bytes(256, 132), 132LL * 128 * 256 * 4);
+}
+
+void test_rejects() {
+  testing::expect_throws([] { nf::packed_shape(24, 16, 1); }, "found N=24");
+  testing::expect_throws([] { nf::packed_shape(16, 0, 1); }, "found K=0");
+  testing::expect_throws([] { nf::packed_shape(16, 16, 4); }, "found 4");
+  testing::expect_throws([] { nf::padded_tokens(257); }, "found T=257");
+  testing::expect_throws([] { nf::make_linear_schedule(16, 16, 1, 0); }, "found 0");
+}
+
+}  // namespace
+
+int main() {
+  return testing::run([] {
+    test_offsets_of_a_tile();
+    test_offsets_are_distinct();
+    test_gate_up_rows();
+    test_fragment_covers_the_tile();
+    test_emulated_products();
+    test_slices_are_equal_and_complete();
+    test_workspace_and_tokens();
+    test_rejects();
+  });
+}

@@ -1,0 +1,196 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Packed weights and the linears that read them: the CPU backend against formulas, the CUDA kernels against both."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+from nemotron_fast import ops, packing, reference
+from nemotron_fast.testing import compare
+
+FP8 = reference.FP8
+TYPES = (FP8, torch.bfloat16)
+EDGES = [(16, 16), (48, 80), (352, 704), (576, 1536), (1536, 576)]  # N, K
+SUPER_49B = [(10240, 8192), (8192, 8192), (5632, 8192), (8192, 2816), (8192, 5632), (8192, 7168), (8192, 17920)]
+BATCHES = (1, 2, 7, 8, 9, 33, 64, 200, 256)
+
+on_types = pytest.mark.parametrize("dtype", TYPES, ids=str)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Of a linear with 256 tokens, per-token and per-row scales."""
+
+    x: Tensor
+    weight: Tensor
+    packed: Tensor
+    x_scale: Tensor
+    weight_scale: Tensor
+    workspace: Tensor
+
+    def run(self, tokens: int, out_dtype: torch.dtype = torch.float32) -> Tensor:
+        out = compare.poison(tokens, self.weight.shape[0], dtype=out_dtype, device=self.x.device)
+        scales = {"x_scale": self.x_scale[:tokens], "weight_scale": self.weight_scale}
+        return ops.packed_linear(self.x[:tokens], self.packed, len(self.weight), self.workspace, out=out, **scales)
+
+    def exact(self, tokens: int) -> Tensor:
+        product = self.x[:tokens].double() @ self.weight.double().T
+        return product * self.x_scale[:tokens, None] * self.weight_scale
+
+
+def make(N: int, K: int, dtype: torch.dtype, device: str, *, gate_up: bool = False) -> Inputs:
+    torch.manual_seed(N + K)
+    weight = torch.randn(N, K, device=device).to(dtype)
+    packed = packing.packed_shape(N, K, dtype)
+    out = torch.full(packed, float("nan"), device=device).to(dtype)
+    return Inputs(
+        torch.randn(256, K, device=device).to(dtype),
+        weight,
+        ops.pack_weight(weight, gate_up=gate_up, out=out),
+        torch.rand(256, device=device) + 0.5,
+        torch.rand(N, device=device) + 0.5,
+        packing.make_workspace(device),
+    )
+
+
+@on_types
+@pytest.mark.parametrize("N, K", EDGES)
+@pytest.mark.parametrize("gate_up", [False, True])
+def test_pack_weight(N: int, K: int, gate_up: bool, dtype: torch.dtype) -> None:
+    if gate_up and N % 32:
+        pytest.skip("no gate_up weight has such an N")
+    weight = torch.randn(N, K).to(dtype)
+    packed = ops.pack_weight(weight, gate_up=gate_up)
+    assert packed.view(torch.uint8).count_nonzero() == weight.view(torch.uint8).count_nonzero()  # the rest is zero
+    compare.assert_bit_equal(packing.unpack_weight(packed, N, K, gate_up=gate_up), weight)
+
+
+def test_pack_weight_places_chunks_as_specified() -> None:
+    """Row 9 of the second block, chunk 2 of k tile 1: see csrc/host/weight_layout.h."""
+    weight = torch.zeros(256, 256, dtype=FP8)
+    weight[128 + 9, 128 + 2 * 16 + 5] = 1.0
+    at = ops.pack_weight(weight).view(torch.uint8).flatten().nonzero().item()
+    assert at == (1 * 2 + 1) * 16384 + 9 * 128 + (2 ^ 1) * 16 + 5
+
+
+def test_packed_shape_rejects() -> None:
+    with pytest.raises(ValueError, match=r"\[24, 64\] cannot be packed"):
+        packing.packed_shape(24, 64, FP8)
+
+
+@on_types
+@pytest.mark.parametrize("N, K", EDGES)
+def test_cpu_backend(N: int, K: int, dtype: torch.dtype) -> None:
+    inputs = make(N, K, dtype, "cpu")
+    compare.assert_close(inputs.run(7), inputs.exact(7), rtol=1e-5, atol=1e-3)
+
+
+@pytest.mark.parametrize("quantised", [False, True])
+def test_cpu_epilogues(quantised: bool) -> None:
+    check_swiglu(make(96, 80, torch.bfloat16, "cpu", gate_up=True), 5, quantised)
+    check_add(make(48, 80, FP8, "cpu"), 5)
+
+
+def check_swiglu(inputs: Inputs, tokens: int, quantised: bool) -> None:
+    width = len(inputs.weight) // 2
+    out_scale = torch.full((1,), 2.0, device=inputs.x.device) if quantised else None
+    dtype = FP8 if quantised else torch.bfloat16
+    out = torch.full((tokens, width), float("nan"), device=inputs.x.device).to(dtype)
+    scales = {"x_scale": inputs.x_scale[:tokens], "weight_scale": inputs.weight_scale, "out_scale": out_scale}
+    ops.packed_swiglu(inputs.x[:tokens], inputs.packed, width, inputs.workspace, out=out, **scales)
+    gate, up = inputs.exact(tokens).chunk(2, dim=-1)
+    want = torch.nn.functional.silu(gate) * up
+    if quantised:
+        want = (want / 2).clamp(-448, 448)
+    # two roundings to bf16 of values that are multiplied, one of the product; then half a step of e4m3
+    size = want.square().mean().sqrt().item()
+    compare.assert_close(out.float(), want, rtol=0.08 if quantised else 2**-6, atol=0.01 * size)
+
+
+def check_add(inputs: Inputs, tokens: int) -> None:
+    residual = torch.randn(tokens, len(inputs.weight), device=inputs.x.device).mul(30).bfloat16()
+    want = residual + inputs.run(tokens).bfloat16()
+    scales = {"x_scale": inputs.x_scale[:tokens], "weight_scale": inputs.weight_scale}
+    ops.packed_linear_add(inputs.x[:tokens], inputs.packed, residual, inputs.workspace, **scales)
+    compare.assert_bit_equal(residual, want)
+
+
+@pytest.mark.gpu
+@on_types
+@pytest.mark.parametrize("gate_up", [False, True])
+def test_cuda_packs_the_same_bytes(gate_up: bool, dtype: torch.dtype) -> None:
+    for N, K in [(32, 16), (1536, 576), (352, 704)]:
+        weight = torch.randn(N, K).to(dtype)
+        found = ops.pack_weight(weight.cuda(), gate_up=gate_up)
+        compare.assert_bit_equal(found.cpu(), ops.pack_weight(weight, gate_up=gate_up))
+
+
+@pytest.mark.gpu
+@on_types
+@pytest.mark.parametrize("N, K", EDGES + SUPER_49B)
+def test_cuda_kernel(N: int, K: int, dtype: torch.dtype) -> None:
+    """As good as torch's matmul; the same bits twice, and for a row alone or among others."""
+    inputs = make(N, K, dtype, "cuda")
+    everything = inputs.run(256)
+    for tokens in BATCHES:
+        out = inputs.run(tokens)
+        want = inputs.exact(tokens)
+        tolerance = (2e-3 if dtype == FP8 else 1e-4) * K**0.5  # of sums of K products of order 1
+        compare.assert_close(out, want, rtol=0, atol=tolerance * 2.25)
+        compare.assert_bit_equal(out, inputs.run(tokens))
+        compare.assert_bit_equal(out, everything[:tokens])
+        compare.assert_bit_equal(inputs.run(tokens, torch.bfloat16), out.bfloat16())
+    assert bool((inputs.workspace == 255).all())
+
+
+@pytest.mark.gpu
+@on_types
+def test_cuda_epilogues(dtype: torch.dtype) -> None:
+    for tokens in (1, 9, 64, 200):
+        check_add(make(1536, 576, dtype, "cuda"), tokens)
+        for quantised in (False, True):
+            check_swiglu(make(1536, 576, dtype, "cuda", gate_up=True), tokens, quantised)
+            check_swiglu(make(5632, 8192, dtype, "cuda", gate_up=True), tokens, quantised)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [1, 64])
+def test_cuda_graph_replays_with_new_inputs(tokens: int) -> None:
+    """A chain of linears, each on the result of the one before, which overlap; against one at a time."""
+    layers = [make(1536, 576, torch.bfloat16, "cuda"), make(576, 1536, torch.bfloat16, "cuda")] * 4
+    workspace = layers[0].workspace
+
+    def chain(x: Tensor, *, synchronize: bool) -> Tensor:
+        for layer in layers:
+            x = ops.packed_linear(x, layer.packed, len(layer.weight), workspace, weight_scale=layer.weight_scale / 30)
+            if synchronize:
+                torch.cuda.synchronize()
+        return x
+
+    x = layers[0].x[:tokens].clone()
+    chain(x, synchronize=True)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = chain(x, synchronize=False)
+    for seed in range(3):
+        torch.manual_seed(seed)
+        x.copy_(torch.randn_like(x))
+        graph.replay()
+        compare.assert_bit_equal(out, chain(x, synchronize=True))
+
+
+@pytest.mark.gpu
+def test_rejects() -> None:
+    inputs = make(64, 64, torch.bfloat16, "cuda")
+    with pytest.raises(RuntimeError, match="x: dtype is Float, want Float8_e4m3fn or BFloat16|packed: dtype"):
+        ops.packed_linear(inputs.x.float(), inputs.packed, 64, inputs.workspace)
+    with pytest.raises(RuntimeError, match="workspace: is too small"):
+        ops.packed_linear(inputs.x, inputs.packed, 64, inputs.workspace[:4096])
+    with pytest.raises(RuntimeError, match="packed: dim 0 is 1, want 2"):
+        ops.packed_linear(inputs.x, inputs.packed, 256, inputs.workspace)
+    with pytest.raises(RuntimeError, match="x: dim 0 is 257, want at most 256"):
+        ops.packed_linear(inputs.x[:1].expand(257, -1).contiguous(), inputs.packed, 64, inputs.workspace)

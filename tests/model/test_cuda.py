@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The whole engine on a GPU against the CPU backend: the same greedy tokens, except where two are nearly tied."""
+
+import pytest
+import torch
+
+from nemotron_fast import LLM, SamplingParams
+
+pytestmark = pytest.mark.gpu
+
+PROMPTS = ["To be, or not to be", "KING HENRY.\n", "O", "JULIET.\nWherefore art thou " * 12]
+NEAR_TIE = 0.15  # nats: what BF16 rounding can move the difference of two log-probabilities by
+
+
+def assert_same_but_for_near_ties(found, want) -> None:
+    """Equal tokens up to a first difference, where each side's token is nearly the other's best."""
+    for mine, theirs in zip(found.logprobs, want.logprobs, strict=True):
+        if mine.token_id != theirs.token_id:
+            for entry, other in ((mine, theirs), (theirs, mine)):
+                alternatives = dict(entry.top)
+                assert entry.logprob - alternatives.get(other.token_id, -torch.inf) <= NEAR_TIE, (mine, theirs)
+            return
+
+
+@pytest.fixture(scope="module", params=[None, "fp8"], ids=["bf16", "fp8"])
+def pair(request):
+    with (
+        LLM("demo", device="cuda", quantize=request.param) as gpu,
+        LLM("demo", device="cpu", quantize=request.param) as cpu,
+    ):
+        yield gpu, cpu
+
+
+def test_greedy_tokens_equal_the_cpu_backend(pair):
+    params = SamplingParams(max_tokens=48, temperature=0, logprobs=5)
+    for found, want in zip(*(llm.generate(PROMPTS, params) for llm in pair), strict=True):
+        assert_same_but_for_near_ties(found.outputs[0], want.outputs[0])
+
+
+def test_prompt_logprobs_equal_the_cpu_backend(pair):
+    params = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0)
+    for found, want in zip(*(llm.generate(PROMPTS, params) for llm in pair), strict=True):
+        for mine, theirs in zip(found.prompt_logprobs[1:], want.prompt_logprobs[1:], strict=True):
+            assert mine.logprob == pytest.approx(theirs.logprob, abs=0.25)
+
+
+def test_a_sequence_has_the_same_bits_alone_and_in_a_batch(pair):
+    llm = pair[0]
+    params = SamplingParams(max_tokens=24, temperature=0.8, seed=3, logprobs=0, ignore_eos=True)
+    alone = llm.generate(PROMPTS[0], params)[0].outputs[0]
+    for size in (2, 7, 33):
+        crowd = llm.generate([PROMPTS[0], *(PROMPTS[i % 4] for i in range(1, size))], params)[0].outputs[0]
+        assert crowd.token_ids == alone.token_ids
+        assert [e.logprob for e in crowd.logprobs] == [e.logprob for e in alone.logprobs]
+
+
+def test_graphs_change_nothing():
+    params = SamplingParams(max_tokens=20, temperature=0, logprobs=0)
+    results = []
+    for cuda_graphs in (True, False):
+        with LLM("demo", device="cuda", cuda_graphs=cuda_graphs) as llm:
+            results.append([r.outputs for r in llm.generate(PROMPTS, params)])
+    assert results[0] == results[1]
+
+
+@pytest.mark.parametrize("kv_dtype", ["bfloat16", "fp8"])
+def test_random_weights_from_the_real_config_shrunk(kv_dtype, tmp_path):
+    """Every distinct width of Super-49B at a sixteenth of its depth, at its real hidden size."""
+    import json
+    from pathlib import Path
+
+    config = json.loads((Path(__file__).parent.parent / "configs" / "super-49b-v1.json").read_text())
+    config["block_configs"] = [config["block_configs"][i] for i in (0, 1, 11, 42, 54, 62)]
+    config["num_hidden_layers"] = len(config["block_configs"])
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(config))
+    options = {"random_weights": True, "quantize": "fp8", "kv_dtype": kv_dtype, "max_model_len": 2048}
+    with LLM(str(path), device="cuda", **options) as llm:
+        params = SamplingParams(max_tokens=8, temperature=0, ignore_eos=True, logprobs=0)
+        prompt = list(range(1000, 1300))
+        first, again = (llm.generate(prompt, params)[0].outputs[0] for _ in range(2))
+        assert first.logprobs == again.logprobs and all(e.logprob <= 0 for e in first.logprobs)
