@@ -29,13 +29,16 @@ step build "$PYTHON" -m pip install --break-system-packages --no-build-isolation
 step build_info "$PYTHON" -c "import torch; from nemotron_fast import _C; print(_C.build_info(), _C.device_info())"
 step build_cmake build_cmake
 step ctest ctest --test-dir build/cmake --output-on-failure
-step pytest_gpu "$PYTHON" -m pytest -m gpu -q -rs tests/kernels
+step pytest_gpu "$PYTHON" -m pytest -m gpu -q -rs tests
 
 for tool in memcheck racecheck synccheck initcheck; do
   step "sanitizer_$tool" compute-sanitizer --tool "$tool" --error-exitcode 1 build/cmake/test_rms_norm
+  step "sanitizer_linear_$tool" compute-sanitizer --tool "$tool" --error-exitcode 1 build/cmake/test_linear tiny
 done
 
+step test_linear build/cmake/test_linear
 step bench_cpp build/cmake/bench_rms_norm
+step bench_cpp_linear build/cmake/bench_packed_linear
 for bench in bench/bench_*.py; do
   family=$(basename "$bench" .py)
   step "$family" "$PYTHON" "$bench" --out "$OUT/${family#bench_}.json"
