@@ -31,7 +31,7 @@ class LLM:
 
     Args:
         model: a checkpoint folder, or "demo" for the model inside the package.
-        device: "auto", "cpu" or "cuda".
+        device: "auto" (a GPU whose kernels are proven, else the CPU), "cpu" or "cuda".
         dtype: type of the activations and unquantised weights; "auto" = the checkpoint's.
         quantize: "fp8" quantises the linears of a BF16, FP16 or FP32 checkpoint while loading.
         kv_dtype: type of the KV cache; "auto" = FP8 if the checkpoint says so, else `dtype`.

@@ -142,12 +142,15 @@ def _packed_swiglu_op(
     out.copy_(packed_swiglu(x, packed, out.shape[1], x_scale, weight_scale, out_scale))
 
 
-_library = torch.library.Library("nemotron_fast", "IMPL")
-for _name, _kernel in {
+_KERNELS = {
     "pack_weight": _pack_weight_op,
     "packed_linear": _packed_linear_op,
     "packed_linear_add": _packed_linear_add_op,
     "packed_swiglu": _packed_swiglu_op,
-}.items():
+}
+OP_NAMES = tuple(_KERNELS)
+
+_library = torch.library.Library("nemotron_fast", "IMPL")
+for _name, _kernel in _KERNELS.items():
     _library.impl(_name, _kernel, "CPU")
     _library.impl(_name, lambda *_: None, "Meta")  # outputs are given, so shapes need no inference

@@ -86,10 +86,10 @@ def _build() -> dict[str, Any] | None:
     extension = _extension()
     if extension is None:
         return None
-    from nemotron_fast.reference import OP_NAMES
+    from nemotron_fast.device import GPU_OPS
 
     info = dict(extension.build_info())
-    return info | {"ops_without_cuda": sorted(set(OP_NAMES) - set(info["cuda_ops"]))}
+    return info | {"ops_without_cuda": sorted(GPU_OPS - set(info["cuda_ops"]))}
 
 
 def _devices() -> dict[str, Any]:

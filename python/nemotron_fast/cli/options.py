@@ -21,7 +21,10 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         "--model", required=True, metavar="M", help="checkpoint folder, or 'demo' for the embedded model"
     )
     group.add_argument(
-        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a GPU if it can be used"
+        "--device",
+        choices=("auto", "cpu", "cuda"),
+        default="auto",
+        help="default: a GPU whose kernels are proven, else the CPU",
     )
     group.add_argument(
         "--dtype", choices=("auto", *FLOAT_BYTES), default="auto", help="of the activations (default: the checkpoint's)"
