@@ -113,12 +113,22 @@ def test_kv_types_stay_near_the_fp64_forward(kv_dtype, atol, tmp_path):
         check_against_oracle(config, weights, request, atol)
 
 
-def test_fp8_weights_stay_near_the_fp64_forward(tmp_path):
-    config, weights = oracle.random_checkpoint(4, tmp_path, blocks=[(2, 512), ("linear", 256), (None, "linear")])
-    engine = make_engine(tmp_path, quantize="fp8")
-    assert engine.model.weights.sub_blocks[0].qkv.weight.dtype == torch.float8_e4m3fn
-    for request in run(engine, [list(range(40))]):
-        check_against_oracle(config, weights, request, atol=1.0)
+def test_fp8_weights_equal_the_fp64_forward_of_the_same_roundings(tmp_path):
+    """FP32 against FP64 sums can push an activation over an e4m3 border, and attention spreads that: so every seed is
+    near, and where no border is crossed the two agree to the last digits. A wrong scale or order never would."""
+    worst = []
+    for seed in (4, 5, 8):
+        folder = tmp_path / str(seed)
+        blocks = [(2, 512), ("linear", 256), (None, "linear")]
+        config, weights = oracle.random_checkpoint(seed, folder, blocks=blocks)
+        engine = make_engine(folder, quantize="fp8")
+        assert engine.model.weights.sub_blocks[0].qkv.weight.dtype == torch.float8_e4m3fn
+        (request,) = run(engine, [list(range(40))])
+        ids = request.prompt + request.output
+        want = oracle.forward(config, weights, ids, oracle.fp8_product).log_softmax(-1)
+        entries = [*request.prompt_logprobs, *request.logprobs]
+        worst.append(max(abs(e.logprob - want[i - 1][ids[i]].item()) for i, e in enumerate(entries) if i))
+    assert max(worst) <= 0.4 and min(worst) <= 1e-4, worst
 
 
 def test_bf16_activations_stay_near_the_fp64_forward(tmp_path):
