@@ -74,8 +74,9 @@ def check_penalize(s: Inputs, call: runner.Call) -> None:
 
 
 def check_logprobs(s: Inputs, call: runner.Call) -> None:
+    """The rank of a token of many: where logits tie in log-probability, peers count otherwise."""
     for found, want in zip(call(s), reference.top_logprobs(*s, cases.SamplingCase.num_top), strict=True):
-        compare.assert_close(found, want, rtol=1e-5, atol=1e-5)
+        compare.assert_close(found, want, rtol=1e-4, atol=1e-5)
 
 
 def rows(device: torch.device, quick: bool) -> Iterator[runner.Row]:
