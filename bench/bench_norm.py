@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""rms_norm and add_rms_norm against torch, eager and compiled.
+"""rms_norm, add_rms_norm, add_rms_norm_fp8 and add_rms_norm_fp8_per_token against torch, eager and compiled.
 
 python bench/bench_norm.py [--device cuda|cpu] [--out bench/results/<device>/norm.json]
 """
@@ -25,25 +25,43 @@ class Inputs:
     residual: Tensor | None
     weight: Tensor
     out: Tensor
+    scale: Tensor | None  # of an e4m3 out
+    per_token: bool  # is the scale [T] and written, or [1] and read?
 
 
 def our_norm(s: Inputs) -> Tensor:
     if s.residual is None:
         return ops.rms_norm(s.x, s.weight, EPS, out=s.out)
+    if s.scale is not None and not s.per_token:
+        return ops.add_rms_norm_fp8(s.x, s.residual, s.weight, s.scale, EPS, out=s.out)
+    if s.scale is not None:
+        ops.add_rms_norm_fp8_per_token(s.x, s.residual, s.weight, EPS, out=s.out, scale=s.scale)
+        return s.out
     return ops.add_rms_norm(s.x, s.residual, s.weight, EPS, out=s.out)
 
 
 def torch_norm(s: Inputs) -> Tensor:
     """The same in torch. It allocates its result, which inside a graph costs no time."""
     x = s.x if s.residual is None else s.residual.add_(s.x)
-    return functional.rms_norm(x, x.shape[-1:], s.weight, EPS)
+    normed = functional.rms_norm(x, x.shape[-1:], s.weight, EPS)
+    if s.scale is None:
+        return normed
+    if not s.per_token:
+        return reference.quantize_fp8(normed, s.scale)
+    out, scale = reference.quantize_fp8_per_token(normed)
+    s.scale.copy_(scale)
+    return out
 
 
 def check(s: Inputs, call: runner.Call) -> None:
     summed = s.x if s.residual is None else s.x + s.residual
     s = s if s.residual is None else runner.cloned(s, "residual")
     want = reference.rms_norm(summed.double(), s.weight.double(), EPS)
-    compare.assert_close(call(s), want, rtol=2**-6, atol=2**-10)  # two roundings to bf16, and one of slack
+    found = call(s)
+    if s.scale is None:
+        compare.assert_close(found, want, rtol=2**-6, atol=2**-10)  # two roundings to bf16, and one of slack
+    else:  # one step of e4m3: a tie may go either way
+        compare.assert_close(found.float() * s.scale.reshape(-1, 1), want, rtol=2**-3, atol=2**-6)
     if s.residual is not None:
         compare.assert_bit_equal(s.residual, summed)
 
@@ -54,7 +72,10 @@ def rows(device: torch.device, quick: bool) -> Iterator[runner.Row]:
         def make(case: cases.NormCase = case) -> Inputs:
             x = runner.randn(case.T, case.E, device=device)
             residual = torch.randn_like(x) if case.add else None
-            return Inputs(x, residual, runner.randn(case.E, device=device), torch.empty_like(x))
+            out = torch.empty_like(x, dtype=reference.FP8 if case.fp8 else x.dtype)
+            per_token = case.fp8 == "_fp8_per_token"
+            scale = torch.full((case.T if per_token else 1,), 2**-3, device=device) if case.fp8 else None
+            return Inputs(x, residual, runner.randn(case.E, device=device), out, scale, per_token)
 
         yield runner.Row(case, make, our_norm, runner.eager_and_compiled(torch_norm, device), check)
 

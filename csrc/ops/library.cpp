@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Every op's schema: the contract with Python. Outputs are given by the caller, so that ops suit CUDA graphs.
 // The CUDA backend of an op is registered in <family>.cpp, the CPU backend by
-// python/nemotron_fast/reference.py.
+// python/nemotron_fast/cpu_backend.py.
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(nemotron_fast, m) {
@@ -9,6 +9,12 @@ STABLE_TORCH_LIBRARY(nemotron_fast, m) {
 
   m.def("rms_norm(Tensor(a!) out, Tensor x, Tensor weight, float eps) -> ()");
   m.def("add_rms_norm(Tensor(a!) out, Tensor(b!) residual, Tensor x, Tensor weight, float eps) -> ()");
+  m.def(
+      "add_rms_norm_fp8(Tensor(a!) out, Tensor(b!) residual, Tensor x, Tensor weight, Tensor scale, float "
+      "eps) -> ()");
+  m.def(
+      "add_rms_norm_fp8_per_token(Tensor(a!) out, Tensor(b!) scale, Tensor(c!) residual, Tensor x, Tensor "
+      "weight, float eps) -> ()");
 
   m.def("quantize_fp8(Tensor(a!) out, Tensor x, Tensor scale) -> ()");
   m.def("quantize_fp8_per_token(Tensor(a!) out, Tensor(b!) scale, Tensor x) -> ()");

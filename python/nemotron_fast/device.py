@@ -9,11 +9,11 @@ from pathlib import Path
 
 import torch
 
-from nemotron_fast import _C, packing, reference
+from nemotron_fast import _C, cpu_backend, reference
 from nemotron_fast.errors import DeviceError, RequestError
 
 HOPPER = (9, 0)
-GPU_OPS = frozenset({*reference.OP_NAMES, *packing.OP_NAMES} - {"linear"})  # there, linears are packed
+GPU_OPS = frozenset({*cpu_backend.OP_NAMES} - {"linear"})  # there, linears are packed
 
 # Whether "auto" may choose a GPU: only once `pytest -m gpu` has passed on the kernels as they are. The attention,
 # RoPE and sampling kernels have changed since; until then a GPU has to be asked for.

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """One typed wrapper per op; shapes are stated here, once.
 
-The schemas live in csrc/ops/library.cpp, the CPU kernels in reference.py, the CUDA kernels in csrc/. Dimension
+The schemas live in csrc/ops/library.cpp, the CPU kernels in cpu_backend.py, the CUDA kernels in csrc/. Dimension
 letters: T tokens of the step, S sequences, E hidden size, H query heads, K KV heads, D head size, F FFN width,
 V vocabulary, P pages, B tokens per page. Every op writes into given outputs, so that it can be captured in a
 CUDA graph; a wrapper allocates the output when none is given.
@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from nemotron_fast import packing, reference  # they register the CPU kernels
+from nemotron_fast import cpu_backend, packing, reference  # noqa: F401  (cpu_backend registers the CPU kernels)
 
 _ops = torch.ops.nemotron_fast
 
@@ -41,6 +41,25 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float, *, out
     return out
 
 
+def add_rms_norm_fp8(
+    x: Tensor, residual: Tensor, weight: Tensor, scale: Tensor, eps: float, *, out: Tensor | None = None
+) -> Tensor:
+    """residual [T, E] += x [T, E] in place; out [T, E] e4m3 = quantize_fp8(rms_norm(residual), scale [1])."""
+    if out is None:
+        out = torch.empty(x.shape, dtype=reference.FP8, device=x.device)
+    _ops.add_rms_norm_fp8.default(out, residual, x, weight, scale, eps)
+    return out
+
+
+def add_rms_norm_fp8_per_token(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, *, out: Tensor | None = None, scale: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """residual [T, E] += x [T, E] in place; (out e4m3, scale [T]) = quantize_fp8_per_token(rms_norm(residual))."""
+    out, scale = _fp8_outputs(x, out, scale)
+    _ops.add_rms_norm_fp8_per_token.default(out, scale, residual, x, weight, eps)
+    return out, scale
+
+
 def quantize_fp8(x: Tensor, scale: Tensor, *, out: Tensor | None = None) -> Tensor:
     """out [T, X] e4m3 = x / scale, saturating; scale [1] float32."""
     if out is None:
@@ -53,11 +72,17 @@ def quantize_fp8_per_token(
     x: Tensor, *, out: Tensor | None = None, scale: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """(out [T, X] e4m3, scale [T] float32): each row divided by its own max|x| / 448."""
+    out, scale = _fp8_outputs(x, out, scale)
+    _ops.quantize_fp8_per_token.default(out, scale, x)
+    return out, scale
+
+
+def _fp8_outputs(x: Tensor, out: Tensor | None, scale: Tensor | None) -> tuple[Tensor, Tensor]:
+    """For rows with a scale each: what was not given is allocated."""
     if out is None:
         out = torch.empty(x.shape, dtype=reference.FP8, device=x.device)
     if scale is None:
         scale = torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
-    _ops.quantize_fp8_per_token.default(out, scale, x)
     return out, scale
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Packed weights: the format of csrc/host/weight_layout.h in torch, and the ops on it as their CPU backend.
+"""Packed weights: the format of csrc/host/weight_layout.h in torch, and the reference of the ops on it.
 
 packed [blocks of 128 rows, k tiles of 128 bytes, 128 rows, 128 bytes] in the weight's type; the eight 16-byte chunks
 of row r are permuted by xor with r % 8; rows and columns beyond the weight are zero.
@@ -112,45 +112,3 @@ def _swizzle(tiles: Tensor) -> Tensor:
 def _bits(x: Tensor) -> Tensor:
     """Integers of the same size: some copies are not implemented for FP8."""
     return x.view({1: torch.uint8, 2: torch.int16}[x.dtype.itemsize])
-
-
-def _pack_weight_op(out: Tensor, weight: Tensor, gate_up: bool) -> None:
-    out.copy_(pack_weight(weight, gate_up))
-
-
-def _packed_linear_op(
-    out: Tensor, x: Tensor, packed: Tensor, x_scale: Tensor | None, weight_scale: Tensor | None, _workspace: Tensor
-) -> None:
-    out.copy_(packed_linear(x, packed, out.shape[1], x_scale, weight_scale))
-
-
-def _packed_linear_add_op(
-    residual: Tensor, x: Tensor, packed: Tensor, x_scale: Tensor | None, weight_scale: Tensor | None, _workspace: Tensor
-) -> None:
-    packed_linear_add(residual, x, packed, x_scale, weight_scale)
-
-
-def _packed_swiglu_op(
-    out: Tensor,
-    x: Tensor,
-    packed: Tensor,
-    x_scale: Tensor | None,
-    weight_scale: Tensor | None,
-    out_scale: Tensor | None,
-    _workspace: Tensor,
-) -> None:
-    out.copy_(packed_swiglu(x, packed, out.shape[1], x_scale, weight_scale, out_scale))
-
-
-_KERNELS = {
-    "pack_weight": _pack_weight_op,
-    "packed_linear": _packed_linear_op,
-    "packed_linear_add": _packed_linear_add_op,
-    "packed_swiglu": _packed_swiglu_op,
-}
-OP_NAMES = tuple(_KERNELS)
-
-_library = torch.library.Library("nemotron_fast", "IMPL")
-for _name, _kernel in _KERNELS.items():
-    _library.impl(_name, _kernel, "CPU")
-    _library.impl(_name, lambda *_: None, "Meta")  # outputs are given, so shapes need no inference

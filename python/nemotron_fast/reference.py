@@ -1,21 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every op in plain torch: the oracle for the kernels, and the CPU backend.
+"""Every op in plain torch: the oracle for the kernels, and (through cpu_backend.py) the CPU backend.
 
 A function here takes the op's inputs and returns its output, or changes in place exactly the arguments that
-the op's schema marks. Importing this module registers all of them as the CPU kernels. Math is in FP32 (FP64
-for FP64 input); the result is rounded once to the output's type unless a docstring says otherwise.
+the op's schema marks. Math is in FP32 (FP64 for FP64 input); the result is rounded once to the output's type
+unless a docstring says otherwise.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.nn import functional
-
-from nemotron_fast import _C  # noqa: F401  (defines the schemas)
 
 FP8 = torch.float8_e4m3fn
 FP8_MAX = 448.0  # largest finite e4m3
@@ -42,6 +37,18 @@ def add_rms_norm(residual_TE: Tensor, x_TE: Tensor, weight_E: Tensor, eps: float
     """residual += x in place, then rms_norm of it."""
     residual_TE += x_TE
     return rms_norm(residual_TE, weight_E, eps)
+
+
+def add_rms_norm_fp8(residual_TE: Tensor, x_TE: Tensor, weight_E: Tensor, scale_1: Tensor, eps: float) -> Tensor:
+    """residual += x in place, then quantize_fp8 of its rms_norm, which is rounded to x's type first."""
+    return quantize_fp8(add_rms_norm(residual_TE, x_TE, weight_E, eps), scale_1)
+
+
+def add_rms_norm_fp8_per_token(
+    residual_TE: Tensor, x_TE: Tensor, weight_E: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """residual += x in place, then quantize_fp8_per_token of its rms_norm, which is rounded to x's type first."""
+    return quantize_fp8_per_token(add_rms_norm(residual_TE, x_TE, weight_E, eps))
 
 
 def quantize_fp8(x_TX: Tensor, scale_1: Tensor) -> Tensor:
@@ -239,51 +246,3 @@ def _mix(x: Tensor) -> Tensor:
     x = (x ^ ((x >> 30) & ((1 << 34) - 1))) * (0xBF58476D1CE4E5B9 - (1 << 64))
     x = (x ^ ((x >> 27) & ((1 << 37) - 1))) * (0x94D049BB133111EB - (1 << 64))
     return x ^ ((x >> 31) & ((1 << 33) - 1))
-
-
-def _write(out: Tensor, result: Tensor) -> None:
-    """Round to the type of the given output, which must have the result's shape."""
-    if out.shape != result.shape:
-        raise RuntimeError(f"the output has shape {tuple(out.shape)}, want {tuple(result.shape)}")
-    out.copy_(result)
-
-
-def _returns(function: Callable[..., Any]) -> Callable[..., None]:
-    """The op form of a reference that returns what the op writes to its first argument."""
-
-    def kernel(out: Tensor, *args: Any) -> None:
-        _write(out, function(*args))
-
-    return kernel
-
-
-def _add_rms_norm_op(out: Tensor, residual: Tensor, x: Tensor, weight: Tensor, eps: float) -> None:
-    _write(out, add_rms_norm(residual, x, weight, eps))
-
-
-def _quantize_fp8_per_token_op(out: Tensor, scale: Tensor, x: Tensor) -> None:
-    for target, result in zip((out, scale), quantize_fp8_per_token(x), strict=True):
-        _write(target, result)
-
-
-def _top_logprobs_op(
-    chosen: Tensor, rank: Tensor, top_values: Tensor, top_ids: Tensor, logits: Tensor, tokens: Tensor
-) -> None:
-    results = top_logprobs(logits, tokens, top_values.shape[1])
-    for out, result in zip((chosen, rank, top_values, top_ids), results, strict=True):
-        _write(out, result)
-
-
-_KERNELS = {f.__name__: _returns(f) for f in (embed, rms_norm, quantize_fp8, linear, silu_mul, attention, sample)} | {
-    "add_rms_norm": _add_rms_norm_op,
-    "quantize_fp8_per_token": _quantize_fp8_per_token_op,
-    "rope_append": rope_append,
-    "penalize": penalize,
-    "top_logprobs": _top_logprobs_op,
-}
-OP_NAMES = tuple(_KERNELS)
-
-_library = torch.library.Library("nemotron_fast", "IMPL")
-for _name, _kernel in _KERNELS.items():
-    _library.impl(_name, _kernel, "CPU")
-    _library.impl(_name, lambda *_: None, "Meta")  # outputs are given, so shapes need no inference

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""rms_norm and add_rms_norm: the CPU backend against the formula in FP64, the CUDA kernels against the reference."""
+"""rms_norm, add_rms_norm, add_rms_norm_fp8*: the CPU backend against FP64, the CUDA kernels against the reference."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from nemotron_fast.testing import cases, compare
 EPS = 1e-5
 HALF_TYPES = (torch.bfloat16, torch.float16)
 on_every_case = pytest.mark.parametrize("case", cases.NORM_TESTS, ids=str)
+on_added = pytest.mark.parametrize("case", [c for c in cases.NORM_TESTS if c.add], ids=str)
 on_half_types = pytest.mark.parametrize("dtype", HALF_TYPES, ids=str)
 
 
@@ -62,6 +63,52 @@ def test_rounds_before_the_weight() -> None:
     normalised = (x.float() * torch.rsqrt(x.float().square().mean() + EPS)).bfloat16()
     weight = torch.linspace(1, 3, 8).bfloat16()
     compare.assert_bit_equal(ops.rms_norm(x, weight, EPS), normalised * weight)
+
+
+def check_fp8_is_the_composition(case: cases.NormCase, dtype: torch.dtype, device: str) -> None:
+    """add_rms_norm_fp8* give the bits of add_rms_norm and quantize_fp8* one after the other."""
+    torch.manual_seed(case.T * case.E)
+    x, weight = make_matrix(case, dtype, device), torch.randn(case.E, device=device).to(dtype)
+    residuals = [make_matrix(case, dtype, device)]
+    residuals += [residuals[0].clone(), residuals[0].clone()]
+    normed = ops.add_rms_norm(x, residuals[0], weight, EPS)
+    poison = compare.poison(case.T, case.E, dtype=torch.float32, device=device).to(reference.FP8)
+
+    static = torch.full((1,), 0.01, device=device)
+    out = ops.add_rms_norm_fp8(x, residuals[1], weight, static, EPS, out=poison.clone())
+    compare.assert_bit_equal(out, ops.quantize_fp8(normed, static))
+    scale = compare.poison(case.T, dtype=torch.float32, device=device)
+    out, _ = ops.add_rms_norm_fp8_per_token(x, residuals[2], weight, EPS, out=poison.clone(), scale=scale)
+    want, want_scale = ops.quantize_fp8_per_token(normed)
+    compare.assert_bit_equal(out, want)
+    compare.assert_bit_equal(scale, want_scale)
+    for residual in residuals[1:]:
+        compare.assert_bit_equal(residual, residuals[0])
+
+
+@on_half_types
+@on_added
+def test_cpu_fp8(case: cases.NormCase, dtype: torch.dtype) -> None:
+    check_fp8_is_the_composition(case, dtype, "cpu")
+
+
+@pytest.mark.gpu
+@on_half_types
+@on_added
+def test_cuda_fp8(case: cases.NormCase, dtype: torch.dtype) -> None:
+    check_fp8_is_the_composition(case, dtype, "cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", HALF_TYPES, ids=str)
+def test_cuda_fp8_of_zeros_and_nan(dtype: torch.dtype) -> None:
+    x = torch.zeros(3, 64, dtype=dtype, device="cuda")
+    x[1, 5] = float("nan")
+    x[2] = 1.0
+    out, scale = ops.add_rms_norm_fp8_per_token(x, torch.zeros_like(x), torch.ones_like(x[0]), EPS)
+    assert out[0].float().count_nonzero() == 0 and scale[0] == reference.MIN_SCALE
+    assert out[1].float().isnan().all() and scale[1].isnan()
+    compare.assert_bit_equal(out[2].float(), torch.full((64,), 448.0, device="cuda"))
 
 
 @pytest.mark.gpu
@@ -166,6 +213,15 @@ def test_rejects(change: dict[str, Tensor], message: str) -> None:
         args["weight"] = args["weight"].float()
     with pytest.raises(RuntimeError, match=message):
         ops.rms_norm(args["x"], args["weight"], EPS, out=out)
+
+
+@pytest.mark.gpu
+def test_fp8_rejects() -> None:
+    x, weight = torch.zeros(2, 64, device="cuda").bfloat16(), torch.zeros(64, device="cuda").bfloat16()
+    with pytest.raises(RuntimeError, match="scale: dim 0 is 3, want 2"):
+        ops.add_rms_norm_fp8_per_token(x, x.clone(), weight, EPS, scale=torch.zeros(3, device="cuda"))
+    with pytest.raises(RuntimeError, match="out: dtype is BFloat16, want Float8_e4m3fn"):
+        ops.add_rms_norm_fp8(x, x.clone(), weight, torch.ones(1, device="cuda"), EPS, out=torch.empty_like(x))
 
 
 @pytest.mark.gpu

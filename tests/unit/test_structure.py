@@ -16,7 +16,7 @@ PACKAGE = ROOT / "python" / "nemotron_fast"
 TIERS: dict[int, str] = {
     0: """errors dtypes files progress config config_reader blocks sharding quant_config module_patterns sampling_params
           generation_defaults request pages scheduler hardware footprint rank_plan planner cache_size""",
-    1: """_C ops reference packing rope kv_cache safetensors_file checkpoint inventory param_loader weights
+    1: """_C ops reference packing cpu_backend rope kv_cache safetensors_file checkpoint inventory param_loader weights
           random_weights packed_weights quantize sampling comm device""",
     2: """batch model graphs""",
     3: """engine""",

@@ -2,6 +2,9 @@
 // The one way to launch a kernel.
 #pragma once
 
+#include <array>
+#include <mutex>
+
 #include "kernels/common/check.h"
 
 namespace nf {
@@ -9,6 +12,7 @@ namespace nf {
 struct Grid {
   dim3 ctas;
   int threads;
+  int smem_bytes = 0;  // dynamic shared memory
 };
 
 // May this kernel overlap the one before it in the stream? (Programmatic dependent launch.)
@@ -27,9 +31,26 @@ bool can_overlap() {
   return can;
 }
 
-// Every kernel launched here calls wait_for_predecessor() in each thread.
+// Once per kernel and device: allows `max_smem_bytes` of dynamic shared memory, and asks for as much of L1 as
+// can be to be shared memory. All kernels ask for the same, because two that disagree cannot share an SM, and
+// the overlap of kernels is worth more here than L1 is.
+template <auto kKernel>
+void prepare(int max_smem_bytes) {
+  static std::array<std::once_flag, 64> done;
+  int device;
+  NF_CUDA(cudaGetDevice(&device));
+  std::call_once(done.at(device), [&] {
+    NF_CUDA(cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, max_smem_bytes));
+    NF_CUDA(cudaFuncSetAttribute(kKernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                 cudaSharedmemCarveoutMaxShared));
+  });
+}
+
+// Every kernel launched here calls wait_for_predecessor() in each thread. Its grid.smem_bytes are the same at
+// each launch.
 template <auto kKernel, class... Args>
 void launch(const Grid& grid, cudaStream_t stream, const Args&... args) {
+  prepare<kKernel>(grid.smem_bytes);
   cudaLaunchAttribute overlap{};
   overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   overlap.val.programmaticStreamSerializationAllowed = 1;
@@ -37,6 +58,7 @@ void launch(const Grid& grid, cudaStream_t stream, const Args&... args) {
   cudaLaunchConfig_t config{};
   config.gridDim = grid.ctas;
   config.blockDim = dim3(grid.threads);
+  config.dynamicSmemBytes = size_t(grid.smem_bytes);
   config.stream = stream;
   config.attrs = &overlap;
   config.numAttrs = can_overlap<kKernel>() ? 1 : 0;

@@ -9,8 +9,6 @@
 // predecessor ends.
 #pragma once
 
-#include <array>
-#include <mutex>
 #include <string>
 
 #include "kernels/common/check.h"
@@ -285,40 +283,17 @@ __global__ void __launch_bounds__(C::kThreads, C::kMinCtas)
 #endif
 }
 
-// Raises the limit on shared memory, once per device.
-template <class C>
-void allow_shared_memory() {
-  static std::array<std::once_flag, 64> done;
-  int device;
-  NF_CUDA(cudaGetDevice(&device));
-  std::call_once(done.at(device), [] {
-    const auto kernel = packed_linear_kernel<C>;
-    NF_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, sizeof(LinearSmem<C>)));
-    NF_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
-                                 cudaSharedmemCarveoutMaxShared));
-  });
-}
-
 template <class C>
 void launch_linear(const PackedLinearParams& p, cudaStream_t stream) {
   static_assert(sizeof(LinearSmem<C>) <= (C::kMinCtas == 2 ? 113 : 227) * 1024);
   NF_CHECK(can_overlap<packed_linear_kernel<C>>(), "a GPU or a build without sm_90a");
-  allow_shared_memory<C>();
   constexpr int kElementBytes = int(sizeof(typename C::Element));
   const CUtensorMap x_map = ptx::swizzled_rows_map(p.x, p.num_tokens, int64_t(p.num_cols) * kElementBytes,
                                                    p.x_stride * kElementBytes, C::kTokens, kElementBytes);
-  cudaLaunchAttribute overlap{};
-  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  overlap.val.programmaticStreamSerializationAllowed = 1;
-
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(p.schedule.num_slices);
-  config.blockDim = dim3(C::kThreads);
-  config.dynamicSmemBytes = sizeof(LinearSmem<C>);
-  config.stream = stream;
-  config.attrs = &overlap;
-  config.numAttrs = 1;
-  NF_CUDA(cudaLaunchKernelEx(&config, packed_linear_kernel<C>, x_map, p));
+  launch<packed_linear_kernel<C>>({.ctas = dim3(p.schedule.num_slices),
+                                   .threads = C::kThreads,
+                                   .smem_bytes = int(sizeof(LinearSmem<C>))},
+                                  stream, x_map, p);
 }
 
 template <class Element>

@@ -1,8 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// RMS norm, and residual add + RMS norm. Grid (T); one CTA = one row, held in registers between its one read
-// and its one write. Bandwidth bound: moves 2*T*E elements (4*T*E with a residual) and E weights.
+// RMS norm, residual add + RMS norm, and that with its result as e4m3. Grid (T); one CTA = one row, held in
+// registers between its one read and its one write. Bandwidth bound: moves 2*T*E elements (4*T*E with a
+// residual) and E weights.
 #include <climits>
 #include <string>
+#include <type_traits>
 
 #include "kernels/common/check.h"
 #include "kernels/common/dispatch.h"
@@ -10,20 +12,26 @@
 #include "kernels/common/reduce.cuh"
 #include "kernels/common/vec.cuh"
 #include "kernels/norm/rms_norm.h"
+#include "kernels/quant/fp8.cuh"
 
 namespace nf {
 namespace {
 
-template <class Scalar_, int kVecs_, bool kAdd_>
+template <class Scalar_, class Out_, int kVecs_, bool kAdd_>
 struct Config {
   using Scalar = Scalar_;
+  using Out = Out_;
   static constexpr int kVecs = kVecs_;  // of a row, per thread
   static constexpr bool kAdd = kAdd_;   // is there a residual?
+  static constexpr bool kFp8 = std::is_same_v<Out, __nv_fp8_e4m3>;
   // Caps the registers: 42 a thread for three CTAs an SM; 64 for the long rows, which take all of one CTA's
   // threads.
   static constexpr int kMaxThreads = kVecs < 4 ? 512 : 1024;
   static constexpr int kMinCtas = kVecs < 4 ? 3 : 1;
 };
+
+// Of the row, a thread's i-th vector.
+__device__ __forceinline__ int vec_idx(int i) { return i * int(blockDim.x) + int(threadIdx.x); }
 
 // residual + x, rounded: what the residual will be.
 template <class Scalar>
@@ -61,15 +69,35 @@ __device__ __forceinline__ Vec<Scalar> scale(const Vec<Scalar>& v, float inv_rms
 }
 
 template <class C>
+__device__ __forceinline__ void store_row_as_fp8(
+    const RmsNormParams<typename C::Scalar, typename C::Out>& p, __nv_fp8_e4m3* out,
+    const Vec<typename C::Scalar> (&r_row)[C::kVecs]) {
+  const int num_vecs = p.dim / Vec<typename C::Scalar>::kElements;
+  float fp8_scale;
+  if (p.scale_per_token) {
+    uint32_t largest = 0;
+#pragma unroll
+    for (int i = 0; i < C::kVecs; ++i)
+      if (vec_idx(i) < num_vecs) largest = max(largest, largest_bits(r_row[i]));
+    fp8_scale = scale_of_row(largest);
+    if (threadIdx.x == 0) p.scale[blockIdx.x] = fp8_scale;
+  } else {
+    fp8_scale = *p.scale;
+  }
+#pragma unroll
+  for (int i = 0; i < C::kVecs; ++i)
+    if (vec_idx(i) < num_vecs) store_fp8(out, vec_idx(i), r_row[i], fp8_scale);
+}
+
+template <class C>
 __global__ void __launch_bounds__(C::kMaxThreads, C::kMinCtas)
-    rms_norm_kernel(const RmsNormParams<typename C::Scalar> p) {
+    rms_norm_kernel(const RmsNormParams<typename C::Scalar, typename C::Out> p) {
   using Scalar = typename C::Scalar;
   const int num_vecs = p.dim / Vec<Scalar>::kElements;
   const int64_t row = blockIdx.x;
   const Scalar* x = p.x + row * p.x_stride;
   Scalar* residual = C::kAdd ? p.residual + row * p.residual_stride : nullptr;
-  Scalar* out = p.out + row * p.out_stride;
-  const auto vec_idx = [](int i) { return i * int(blockDim.x) + int(threadIdx.x); };
+  typename C::Out* out = p.out + row * p.out_stride;
 
   let_successor_start();
   // The weight depends on no kernel of the step: it is loaded while the predecessor still runs.
@@ -103,18 +131,20 @@ __global__ void __launch_bounds__(C::kMaxThreads, C::kMinCtas)
   for (int i = 0; i < C::kVecs; ++i) {
     if (vec_idx(i) >= num_vecs) continue;
     r_row[i].keep_packed();
-    store_vec(out, vec_idx(i), scale(r_row[i], inv_rms, r_weight[i]));
+    r_row[i] = scale(r_row[i], inv_rms, r_weight[i]);
+    if constexpr (!C::kFp8) store_vec(out, vec_idx(i), r_row[i]);
   }
+  if constexpr (C::kFp8) store_row_as_fp8<C>(p, out, r_row);
 }
 
-template <class Scalar>
-bool rows_are_aligned(const Scalar* pointer, int64_t stride) {
-  return reinterpret_cast<uintptr_t>(pointer) % sizeof(Vec<Scalar>) == 0 &&
-         stride % Vec<Scalar>::kElements == 0;
+// Are rows whole vectors of 8 elements?
+template <class T>
+bool rows_are_aligned(const T* pointer, int64_t stride) {
+  return reinterpret_cast<uintptr_t>(pointer) % (8 * sizeof(T)) == 0 && stride % 8 == 0;
 }
 
-template <bool kAdd, class Scalar>
-void check_and_launch(const RmsNormParams<Scalar>& p, const NormConfig& config, cudaStream_t stream) {
+template <bool kAdd, class Scalar, class Out>
+void check_and_launch(const RmsNormParams<Scalar, Out>& p, const NormConfig& config, cudaStream_t stream) {
   NF_CHECK(p.dim > 0 && p.dim % Vec<Scalar>::kElements == 0, "E=" + std::to_string(p.dim));
   NF_CHECK(config.threads % kWarpSize == 0, to_string(config));
   NF_CHECK(int64_t(config.threads) * config.vecs_per_thread * Vec<Scalar>::kElements >= p.dim,
@@ -126,10 +156,11 @@ void check_and_launch(const RmsNormParams<Scalar>& p, const NormConfig& config, 
   NF_CHECK(rows_are_aligned(p.weight, 0), "an address that is no multiple of 16");
   NF_CHECK((p.residual != nullptr) == kAdd, p.residual ? "a residual" : "no residual");
   NF_CHECK(rows_are_aligned(p.residual, p.residual_stride), "stride " + std::to_string(p.residual_stride));
+  NF_CHECK((p.scale != nullptr) == (sizeof(Out) == 1), p.scale ? "a scale" : "no scale");
 
   const Grid grid{.ctas = dim3(unsigned(p.num_tokens)), .threads = config.threads};
   dispatch<1, 2, 4>("vecs_per_thread", config.vecs_per_thread, [&](auto vecs) {
-    using C = Config<Scalar, vecs, kAdd>;
+    using C = Config<Scalar, Out, vecs, kAdd>;
     NF_CHECK(config.threads <= C::kMaxThreads, to_string(config));
     launch<rms_norm_kernel<C>>(grid, stream, p);
   });
@@ -142,8 +173,8 @@ void rms_norm(const RmsNormParams<Scalar>& p, const NormConfig& config, cudaStre
   check_and_launch<false>(p, config, stream);
 }
 
-template <class Scalar>
-void add_rms_norm(const RmsNormParams<Scalar>& p, const NormConfig& config, cudaStream_t stream) {
+template <class Scalar, class Out>
+void add_rms_norm(const RmsNormParams<Scalar, Out>& p, const NormConfig& config, cudaStream_t stream) {
   check_and_launch<true>(p, config, stream);
 }
 
@@ -151,5 +182,8 @@ template void rms_norm(const RmsNormParams<__nv_bfloat16>&, const NormConfig&, c
 template void rms_norm(const RmsNormParams<__half>&, const NormConfig&, cudaStream_t);
 template void add_rms_norm(const RmsNormParams<__nv_bfloat16>&, const NormConfig&, cudaStream_t);
 template void add_rms_norm(const RmsNormParams<__half>&, const NormConfig&, cudaStream_t);
+template void add_rms_norm(const RmsNormParams<__nv_bfloat16, __nv_fp8_e4m3>&, const NormConfig&,
+                           cudaStream_t);
+template void add_rms_norm(const RmsNormParams<__half, __nv_fp8_e4m3>&, const NormConfig&, cudaStream_t);
 
 }  // namespace nf

@@ -10,6 +10,7 @@
 #include "kernels/common/device.cuh"
 #include "kernels/common/launch.h"
 #include "kernels/common/vec.cuh"
+#include "kernels/quant/fp8.cuh"
 #include "kernels/quant/quantize.h"
 
 namespace nf {
@@ -17,22 +18,6 @@ namespace {
 
 constexpr int kSliceThreads = 256;
 constexpr int kMaxRowThreads = 1024;
-constexpr float kMaxFp8 = 448.0f;    // largest finite e4m3
-constexpr float kMinScale = 1e-12f;  // so that an all-zero row divides by something
-
-// A true division: x * (1 / scale) would round some values to the other neighbour than the reference.
-template <class Scalar>
-__device__ __forceinline__ uint2 quantize_vec(const Vec<Scalar>& v, float scale) {
-  uint32_t half[2];
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    const float2 a = v.pair(2 * i), b = v.pair(2 * i + 1);
-    const uint32_t low = __nv_cvt_float2_to_fp8x2({a.x / scale, a.y / scale}, __NV_SATFINITE, __NV_E4M3);
-    const uint32_t high = __nv_cvt_float2_to_fp8x2({b.x / scale, b.y / scale}, __NV_SATFINITE, __NV_E4M3);
-    half[i] = low | high << 16;
-  }
-  return {half[0], half[1]};
-}
 
 template <class Scalar>
 __global__ void __launch_bounds__(kSliceThreads) quantize_fp8_kernel(const QuantizeParams<Scalar> p) {
@@ -41,18 +26,7 @@ __global__ void __launch_bounds__(kSliceThreads) quantize_fp8_kernel(const Quant
   const int64_t row = blockIdx.x;
   const int vec = int(blockIdx.y) * kSliceThreads + int(threadIdx.x);
   if (vec >= p.dim / Vec<Scalar>::kElements) return;
-  const Vec<Scalar> v = load_vec(p.x + row * p.x_stride, vec);
-  reinterpret_cast<uint2*>(p.out + row * p.out_stride)[vec] = quantize_vec(v, *p.scale);
-}
-
-// The largest |x| as a float's bits, which order as the floats do; a NaN is larger than any number.
-__device__ __forceinline__ uint32_t cta_max(uint32_t bits) {
-  __shared__ uint32_t s_partial[kWarpSize];
-  bits = __reduce_max_sync(kFullWarp, bits);
-  if (threadIdx.x % kWarpSize == 0) s_partial[threadIdx.x / kWarpSize] = bits;
-  __syncthreads();  // s_partial complete before every warp reads it
-  const uint32_t lane = threadIdx.x % kWarpSize;
-  return __reduce_max_sync(kFullWarp, lane < blockDim.x / kWarpSize ? s_partial[lane] : 0u);
+  store_fp8(p.out + row * p.out_stride, vec, load_vec(p.x + row * p.x_stride, vec), *p.scale);
 }
 
 template <class Scalar>
@@ -66,21 +40,14 @@ __global__ void __launch_bounds__(kMaxRowThreads)
 
   uint32_t largest = 0;
 #pragma unroll 2
-  for (int vec = int(threadIdx.x); vec < num_vecs; vec += int(blockDim.x)) {
-    const Vec<Scalar> v = load_vec(x, vec);
-#pragma unroll
-    for (int i = 0; i < Vec<Scalar>::kPairs; ++i) {
-      const float2 f = v.pair(i);
-      largest = max(largest, max(__float_as_uint(fabsf(f.x)), __float_as_uint(fabsf(f.y))));
-    }
-  }
-  const float max_abs = __uint_as_float(cta_max(largest));
-  const float scale = max_abs != max_abs ? max_abs : fmaxf(max_abs / kMaxFp8, kMinScale);
+  for (int vec = int(threadIdx.x); vec < num_vecs; vec += int(blockDim.x))
+    largest = max(largest, largest_bits(load_vec(x, vec)));
+  const float scale = scale_of_row(largest);
 
   if (threadIdx.x == 0) p.scale[row] = scale;
 #pragma unroll 2
   for (int vec = int(threadIdx.x); vec < num_vecs; vec += int(blockDim.x))
-    reinterpret_cast<uint2*>(p.out + row * p.out_stride)[vec] = quantize_vec(load_vec(x, vec), scale);
+    store_fp8(p.out + row * p.out_stride, vec, load_vec(x, vec), scale);
 }
 
 template <class Scalar>

@@ -131,6 +131,7 @@ __device__ __forceinline__ void for_each(const float* row, int size, F&& f) {
 // May the loaded code form clusters? Only what was written for sm_90: can_overlap() asks the same.
 template <auto kKernel, class Params>
 void launch_rows(int cluster, int64_t num_rows, cudaStream_t stream, const Params& p) {
+  prepare<kKernel>(0);
   cudaLaunchAttribute attributes[2]{};
   attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attributes[0].val.programmaticStreamSerializationAllowed = 1;

@@ -39,25 +39,29 @@ class Case(Protocol):
 
 @dataclass(frozen=True)
 class NormCase:
-    """rms_norm or, with `add`, add_rms_norm, on x [T, E]; `strided`: inside a tensor of rows twice as wide."""
+    """rms_norm or, with `add`, add_rms_norm, on x [T, E]; `strided`: inside a tensor of rows twice as wide; `fp8`: to
+    e4m3, "_fp8" with a given scale, "_fp8_per_token" with one per token."""
 
     T: int
     E: int
     add: bool = False
     strided: bool = False
+    fp8: str = ""
 
     def __str__(self) -> str:
         return f"{self.op}-T{self.T}-E{self.E}{'-strided' if self.strided else ''}"
 
     @property
     def op(self) -> str:
-        return "add_rms_norm" if self.add else "rms_norm"
+        return ("add_" if self.add else "") + "rms_norm" + self.fp8
 
     @property
     def cost(self) -> Cost:
         """Reads x and weight, writes out; with `add` also reads and writes the residual."""
-        matrices = 4 if self.add else 2
-        return Cost((matrices * self.T * self.E + self.E) * BF16_BYTES, (5 if self.add else 4) * self.T * self.E)
+        elements = self.T * self.E
+        out_bytes = elements * (1 if self.fp8 else BF16_BYTES)
+        flops = 4 + self.add + 3 * bool(self.fp8)
+        return Cost(out_bytes + ((3 if self.add else 1) * elements + self.E) * BF16_BYTES, flops * elements)
 
 
 NORM_TESTS = (
@@ -68,8 +72,11 @@ NORM_TESTS = (
     NormCase(3, 4104, add=True),  # one vector more than a full CTA
     NormCase(2, 32768),  # the widest row
 )
-NORM_BENCH = tuple(NormCase(T, E, add) for E, add, T in product((8192, 16384), (False, True), (1, 16, 64, 1024, 8192)))
-NORM_BENCH_CPU = tuple(NormCase(T, 8192, add) for add, T in product((False, True), (1, 64)))
+_NORM_KINDS = ((False, ""), (True, ""), (True, "_fp8"), (True, "_fp8_per_token"))  # add, fp8
+NORM_BENCH = tuple(
+    NormCase(T, E, add, fp8=fp8) for E, (add, fp8), T in product((8192, 16384), _NORM_KINDS, (1, 16, 64, 1024, 8192))
+)
+NORM_BENCH_CPU = tuple(NormCase(T, 8192, add, fp8=fp8) for (add, fp8), T in product(_NORM_KINDS, (1, 64)))
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Registers the references as the CPU kernels of the ops: a reference returns what its op writes.
+
+Importing this module is what makes the ops run without a GPU; OP_NAMES are all ops that do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nemotron_fast import _C, packing, reference  # noqa: F401  (_C defines the schemas)
+
+
+def _write(out: Tensor, result: Tensor) -> None:
+    """Round to the type of the given output, which must have the result's shape."""
+    if out.shape != result.shape:
+        raise RuntimeError(f"the output has shape {tuple(out.shape)}, want {tuple(result.shape)}")
+    out.copy_(result)
+
+
+def _returns(function: Callable[..., Any]) -> Callable[..., None]:
+    """The op form of a reference that returns what the op writes to its first argument."""
+
+    def kernel(out: Tensor, *args: Any) -> None:
+        _write(out, function(*args))
+
+    return kernel
+
+
+def _returns_rows_and_scales(function: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., None]:
+    """The same with two outputs."""
+
+    def kernel(out: Tensor, scale: Tensor, *args: Any) -> None:
+        for target, result in zip((out, scale), function(*args), strict=True):
+            _write(target, result)
+
+    return kernel
+
+
+def _top_logprobs(
+    chosen: Tensor, rank: Tensor, top_values: Tensor, top_ids: Tensor, logits: Tensor, tokens: Tensor
+) -> None:
+    results = reference.top_logprobs(logits, tokens, top_values.shape[1])
+    for out, result in zip((chosen, rank, top_values, top_ids), results, strict=True):
+        _write(out, result)
+
+
+def _packed_linear(
+    out: Tensor, x: Tensor, packed: Tensor, x_scale: Tensor | None, weight_scale: Tensor | None, _workspace: Tensor
+) -> None:
+    _write(out, packing.packed_linear(x, packed, out.shape[1], x_scale, weight_scale))
+
+
+def _packed_linear_add(
+    residual: Tensor, x: Tensor, packed: Tensor, x_scale: Tensor | None, weight_scale: Tensor | None, _workspace: Tensor
+) -> None:
+    packing.packed_linear_add(residual, x, packed, x_scale, weight_scale)
+
+
+def _packed_swiglu(
+    out: Tensor,
+    x: Tensor,
+    packed: Tensor,
+    x_scale: Tensor | None,
+    weight_scale: Tensor | None,
+    out_scale: Tensor | None,
+    _workspace: Tensor,
+) -> None:
+    _write(out, packing.packed_swiglu(x, packed, out.shape[1], x_scale, weight_scale, out_scale))
+
+
+_KERNELS = {
+    "embed": _returns(reference.embed),
+    "rms_norm": _returns(reference.rms_norm),
+    "add_rms_norm": _returns(reference.add_rms_norm),
+    "add_rms_norm_fp8": _returns(reference.add_rms_norm_fp8),
+    "add_rms_norm_fp8_per_token": _returns_rows_and_scales(reference.add_rms_norm_fp8_per_token),
+    "quantize_fp8": _returns(reference.quantize_fp8),
+    "quantize_fp8_per_token": _returns_rows_and_scales(reference.quantize_fp8_per_token),
+    "linear": _returns(reference.linear),
+    "pack_weight": _returns(packing.pack_weight),
+    "packed_linear": _packed_linear,
+    "packed_linear_add": _packed_linear_add,
+    "packed_swiglu": _packed_swiglu,
+    "silu_mul": _returns(reference.silu_mul),
+    "rope_append": reference.rope_append,
+    "attention": _returns(reference.attention),
+    "penalize": reference.penalize,
+    "sample": _returns(reference.sample),
+    "top_logprobs": _top_logprobs,
+}
+OP_NAMES = tuple(_KERNELS)
+
+_library = torch.library.Library("nemotron_fast", "IMPL")
+for _name, _kernel in _KERNELS.items():
+    _library.impl(_name, _kernel, "CPU")
+    _library.impl(_name, lambda *_: None, "Meta")  # outputs are given, so shapes need no inference
