@@ -64,6 +64,23 @@ class NormCase:
         return Cost(out_bytes + ((3 if self.add else 1) * elements + self.E) * BF16_BYTES, flops * elements)
 
 
+@dataclass(frozen=True)
+class RowStatsCase:
+    """row_stats of x [T, X] with a norm's weight."""
+
+    T: int
+    X: int
+
+    op = "row_stats"
+
+    def __str__(self) -> str:
+        return f"{self.op}-T{self.T}-X{self.X}"
+
+    @property
+    def cost(self) -> Cost:
+        return Cost((self.T + 1) * self.X * BF16_BYTES, 4 * self.T * self.X)
+
+
 NORM_TESTS = (
     *(NormCase(T, E, add) for T, E, add in product((1, 2, 7, 65), (256, 576, 4096, 8192, 16384), (False, True))),
     *(NormCase(T, 8192, add) for T, add in product((0, 64, 1024), (False, True))),
