@@ -22,6 +22,8 @@ from nemotron_fast.request import Request
 from nemotron_fast.sampling_params import SamplingParams
 from nemotron_fast.sequence_text import SequenceText, make_result
 
+GPU_BATCHED_TOKENS, CPU_BATCHED_TOKENS = 2048, 512  # tokens of one step
+
 Prompt = str | Sequence[int]
 Message = dict[str, Any]
 
@@ -93,8 +95,15 @@ class LLM:
         kv_type = resolve_dtype(kv_dtype, auto_kv, KV_DTYPES, "kv_dtype")
         kv_name = next(name for name, t in KV_DTYPES.items() if t == kv_type)
         length, num_pages = size_cache(config, kv_name, max_model_len, max_num_seqs, free_bytes(where))
+        on_gpu = where.type == "cuda"
         options = EngineOptions(
-            max_model_len=length, num_pages=num_pages, max_num_seqs=max_num_seqs, seed=seed, cuda_graphs=cuda_graphs
+            max_model_len=length,
+            num_pages=num_pages,
+            max_num_seqs=max_num_seqs,
+            max_batched_tokens=GPU_BATCHED_TOKENS if on_gpu else CPU_BATCHED_TOKENS,
+            seed=seed,
+            overlap=on_gpu,
+            padded_decode=on_gpu and cuda_graphs,
         )
         self.config = config
         self.tokenizer = loaded.tokenizer

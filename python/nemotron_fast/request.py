@@ -34,7 +34,8 @@ class Request:
     Tokens by position:
         [0, len(prompt))               given
         [len(prompt), num_tokens)      generated; the last one is not computed yet
-        [0, num_computed)              their KV is in `pages`
+        [num_tokens, num_expected)     sampled by a step in flight: on the device, not yet known to the host
+        [0, num_computed)              their KV is in `pages`, or will be once the steps in flight are done
     """
 
     id: int
@@ -48,6 +49,8 @@ class Request:
     status: Status = Status.WAITING
     pages: list[int] = field(default_factory=list)
     num_computed: int = 0
+    in_flight: int = 0  # tokens that steps in flight sample for it
+    sample_row: int = 0  # of the step in flight, that samples its next token
     finish_reason: str | None = None  # "stop" | "length" | "abort"
     stop_reason: int | str | None = None  # the token id or string that stopped it
     logprobs: list[TokenLogprob] = field(default_factory=list)
@@ -60,6 +63,26 @@ class Request:
     @property
     def num_tokens(self) -> int:
         return len(self.prompt) + len(self.output)
+
+    @property
+    def num_expected(self) -> int:
+        return self.num_tokens + self.in_flight
+
+    @property
+    def sample_index(self) -> int:
+        """Which of the output's tokens the newest step in flight samples."""
+        return len(self.output) + self.in_flight - 1
+
+    @property
+    def awaits_last_token(self) -> bool:
+        """Whether the steps in flight sample the last token it may have."""
+        return len(self.output) + self.in_flight >= self.max_tokens
+
+    @property
+    def needs_known_tokens(self) -> bool:
+        """Whether a step of it can be launched, or its results be read, only once all tokens before are known."""
+        params = self.params
+        return params.has_penalties or params.logprobs is not None or params.prompt_logprobs is not None
 
     @property
     def is_finished(self) -> bool:

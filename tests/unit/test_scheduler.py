@@ -26,12 +26,11 @@ def run_step(scheduler: Scheduler) -> list[Request]:
     pages = [p for c in chunks for p in c.request.pages]
     assert len(set(pages)) == len(pages), "two requests share a page"
     for chunk in chunks:
-        assert chunk.start == chunk.request.num_computed < chunk.stop <= chunk.request.num_tokens
+        assert chunk.start < chunk.stop == chunk.request.num_computed <= chunk.request.num_tokens
         assert chunk.stop <= len(chunk.request.pages) * PAGE_SIZE
     sampled = [c.request for c in chunks if c.samples]
     for request in sampled:
-        request.append(2)
-    scheduler.commit(chunks)
+        scheduler.receive(request, 2)
     scheduler.pages.check()
     return sampled
 

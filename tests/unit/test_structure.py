@@ -17,8 +17,8 @@ TIERS: dict[int, str] = {
     0: """errors dtypes files progress config config_reader blocks sharding quant_config module_patterns sampling_params
           generation_defaults request pages scheduler hardware footprint rank_plan planner cache_size""",
     1: """_C ops reference packing rope kv_cache safetensors_file checkpoint inventory param_loader weights
-          random_weights packed_weights quantize sampling comm device""",
-    2: """batch model graphs""",
+          random_weights packed_weights quantize sampling staging comm device""",
+    2: """batch model graphs executor""",
     3: """engine""",
     4: """__init__ __main__ llm outputs conversation loading sequence_text tokenizer token_bytes detokenizer
           stop_strings chat_template template_sandbox template_rewrite template_limits reasoning reasoning_stream cli

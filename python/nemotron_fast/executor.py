@@ -1,0 +1,207 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One step on the device: launched without waiting for it, its tokens fetched later.
+
+Sampled tokens stay on the device, in `_sampled`, and feed the next step from there. Steps in which every sequence
+computes one token run on buffers that stay where they are, so that on a GPU they are replayed as CUDA graphs from
+the embedding to the sampled tokens; their rows are padded to a few sizes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nemotron_fast.batch import Batch, PromptRows, Rows, gather_rows
+from nemotron_fast.graphs import StepGraphs, padded_size, padded_sizes
+from nemotron_fast.kv_cache import KVCache
+from nemotron_fast.model import Model
+from nemotron_fast.pages import PAGE_SIZE
+from nemotron_fast.request import Request
+from nemotron_fast.sampling import SamplingRows, adjust_logits, changes_logits, sampling_columns
+from nemotron_fast.scheduler import Chunk
+from nemotron_fast.staging import Column, Staging
+
+TOKEN_WORDS, SEQ_WORDS = 5, 9  # 64-bit words of a step per token, and per sequence besides its pages, at most
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A step in flight."""
+
+    sampled: list[Request]  # one per row of tokens
+    prompt_rows: list[PromptRows]
+    logits_RV: Tensor | None  # as the model gave them; None if nobody asked for log-probabilities
+    _tokens: Tensor  # on the host, once `_done`
+    _done: torch.cuda.Event | None  # None: at once
+
+    def tokens(self) -> list[int]:
+        """The sampled tokens; waits for the step."""
+        if self._done is not None:
+            self._done.synchronize()
+        return self._tokens.tolist()
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """A step on the device: the batch without its token ids, and where those come from."""
+
+    feed: Tensor  # [max_num_seqs + T] int64: the tokens that the last step sampled, then those known to the host
+    sources: Tensor  # [T] int64, of each token in `feed`
+    positions: Tensor
+    slots: Tensor
+    page_table: Tensor
+    q_start: Tensor
+    kv_len: Tensor
+    logit_rows: Tensor
+    sampling: SamplingRows
+
+    def batch(self) -> Batch:
+        token_ids = self.feed.gather(0, self.sources)
+        return Batch(token_ids, self.positions, self.slots, self.page_table, self.q_start, self.kv_len, self.logit_rows)
+
+
+class Executor:
+    """Computes steps of at most `max_num_seqs` sequences of at most `max_pages` pages, and `max_tokens` tokens.
+
+    Decode steps are padded, and on a GPU become graphs, if there is a `scratch_page`: a page of the cache that no
+    request owns, for the padding rows to write to.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        cache: KVCache,
+        *,
+        max_num_seqs: int,
+        max_tokens: int,
+        max_pages: int,
+        scratch_page: int | None,
+    ) -> None:
+        self.model, self.cache = model, cache
+        self._max_num_seqs, self._scratch_page = max_num_seqs, scratch_page
+        device = model.weights.embed.device
+        on_gpu = device.type == "cuda"
+        max_tokens = max(max_tokens, max_num_seqs)
+        capacity = max_tokens * TOKEN_WORDS + max_num_seqs * (SEQ_WORDS + max_pages)
+        self._staging = Staging(max_num_seqs, capacity, device)
+        self._sampled = self._staging.memory[:max_num_seqs]
+        self._fetched = [torch.zeros(max_num_seqs, dtype=torch.int64, pin_memory=on_gpu) for _ in range(2)]
+        self._sizes = padded_sizes(max_num_seqs)
+        self._page_table = torch.zeros(max_num_seqs, max_pages, dtype=torch.int64, device=device)
+        self._count = torch.arange(max_num_seqs + 1, device=device)
+        self._graphs = StepGraphs(self._sampled) if on_gpu and scratch_page is not None else None
+
+    def launch(self, chunks: list[Chunk]) -> Launch:
+        """Start computing the chunks; the tokens of all launches but the last must have been fetched."""
+        rows = gather_rows(chunks, self._max_num_seqs)
+        sampled = rows.sampled
+        num_rows = len(sampled)
+        if self._scratch_page is not None and num_rows == len(chunks) == len(rows.token_ids):
+            size = padded_size(self._sizes, num_rows)
+            inputs = self._load_padded(rows, size)
+            logits_RV = (
+                self._graphs.replay(size, lambda: self._compute(inputs)) if self._graphs else self._compute(inputs)
+            )
+        else:
+            inputs = self._load(rows)
+            logits_RV = self._compute(inputs)
+        for row, request in enumerate(sampled):
+            request.sample_row = row
+        wants_logits = bool(rows.prompt_rows) or any(r.params.logprobs is not None for r in sampled)
+        if any(changes_logits(r) for r in sampled):
+            logits_SV = logits_RV[:num_rows].clone() if wants_logits else logits_RV[:num_rows]
+            adjust_logits(logits_SV, sampled)
+            inputs.sampling.sample(logits_SV, self._sampled[:num_rows])
+        return Launch(sampled, rows.prompt_rows, logits_RV if wants_logits else None, *self._fetch(num_rows))
+
+    def decode_graph(self, num_seqs: int) -> torch.cuda.CUDAGraph:
+        """The graph of decode steps of so many sequences, which must have run before; for benches."""
+        return self._graphs.graph(padded_size(self._sizes, num_seqs))
+
+    def _compute(self, inputs: Inputs) -> Tensor:
+        """Logits [R, V] float32; the tokens of the sampled rows go to _sampled."""
+        logits_RV = self.model.forward(inputs.batch(), self.cache)
+        num_rows = len(inputs.sampling.seed)
+        inputs.sampling.sample(logits_RV[:num_rows], self._sampled[:num_rows])
+        return logits_RV
+
+    def _load(self, rows: Rows) -> Inputs:
+        width = max(len(pages) for pages in rows.pages)
+        columns = (rows.sources, rows.positions, rows.slots, rows.q_start, rows.kv_len, rows.logit_rows)
+        token_ids, sources, positions, slots, q_start, kv_len, logit_rows, table, *sampling = self._staging.load(
+            [
+                Column(rows.token_ids),  # first, so that it lies behind _sampled
+                *map(Column, columns),
+                Column(_table(rows.pages, width, 0).ravel()),
+                *sampling_columns(rows.sampled),
+            ]
+        )
+        return Inputs(
+            self._feed(len(token_ids)),
+            sources,
+            positions,
+            slots,
+            table.view(len(kv_len), width),
+            q_start,
+            kv_len,
+            logit_rows,
+            SamplingRows(*sampling),
+        )
+
+    def _load_padded(self, rows: Rows, size: int) -> Inputs:
+        """A step of one token per sequence, with rows of token 0 in the scratch page up to `size`.
+
+        The tensors are the same memory for the same size.
+        """
+        room, extra = self._max_num_seqs, size - len(rows.sampled)
+        scratch = self._scratch_page
+        width = max(len(pages) for pages in rows.pages)
+        table = _table([*rows.pages, *[[]] * extra], width, scratch)
+        _, sources, positions, slots, kv_len, *rest = self._staging.load(
+            [
+                Column([*rows.token_ids, *[0] * extra], room=room),
+                Column([*rows.sources, *range(room + size - extra, room + size)], room=room),
+                Column([*rows.positions, *[0] * extra], room=room),
+                Column([*rows.slots, *[scratch * PAGE_SIZE] * extra], room=room),
+                Column([*rows.kv_len, *[1] * extra], room=room),
+                *sampling_columns(rows.sampled, extra, room),
+                Column(table.ravel()),
+            ]
+        )
+        *sampling, table = rest
+        self._page_table[:size, :width] = table.view(size, width)
+        return Inputs(
+            self._feed(size),
+            sources,
+            positions,
+            slots,
+            self._page_table[:size],
+            self._count[: size + 1],
+            kv_len,
+            self._count[:size],
+            SamplingRows(*sampling),
+        )
+
+    def _feed(self, num_tokens: int) -> Tensor:
+        return self._staging.memory[: self._max_num_seqs + num_tokens]
+
+    def _fetch(self, num_rows: int) -> tuple[Tensor, torch.cuda.Event | None]:
+        """Send the sampled tokens to the host; where they will be, and when."""
+        self._fetched.reverse()
+        tokens = self._fetched[0][:num_rows]
+        tokens.copy_(self._sampled[:num_rows], non_blocking=True)
+        if not self._sampled.is_cuda:
+            return tokens, None
+        done = torch.cuda.Event()
+        done.record()
+        return tokens, done
+
+
+def _table(pages: list[list[int]], width: int, fill: int) -> np.ndarray:
+    table = np.full((len(pages), width), fill, dtype=np.int64)
+    for row, owned in zip(table, pages, strict=True):
+        row[: len(owned)] = owned
+    return table
