@@ -8,7 +8,8 @@ python bench/bench_decode_step.py --batch 1,8,32,64 --context 1024 --out step.js
     engine   median of Engine.step() with all sequences decoding; "host" is the part of it that the GPU does not hide
     read     bytes of weights and KV that a step must read over the graph's time, and that over the read ceiling of
              the same run
-    kernels  per name, from torch.profiler: launches and microseconds in one step, largest first
+    kernels  per name, from torch.profiler, in one step: launches, and by how much they put off its end, largest first
+             (of kernels that overlap, and wait for each other, only what comes after the end of the ones before)
 
 The sequences' KV is random; no prompt is computed. On a CPU: a small model, and the engine's time only.
 """
@@ -85,14 +86,22 @@ def graph_step_us(graph: torch.cuda.CUDAGraph, repeats: int) -> float:
 def kernel_times(graph: torch.cuda.CUDAGraph, replays: int = 3) -> list[dict[str, Any]]:
     """Launches and microseconds per kernel name in one replay; empty if this machine's profiler sees none."""
     torch.cuda.synchronize()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA], acc_events=True) as profile:
         for _ in range(replays):
             graph.replay()
         torch.cuda.synchronize()
+    spans = [
+        (event.time_range.end, event.time_range.start, event.name)
+        for event in profile.events()
+        if event.device_type == torch.autograd.DeviceType.CUDA
+    ]
     by_name: dict[str, list[float]] = defaultdict(list)
-    for event in profile.events():
-        if event.device_type == torch.autograd.DeviceType.CUDA:
-            by_name[event.name].append(event.device_time_total)
+    done = 0.0
+    for end, start, name in sorted(spans):
+        if start > done > 0:
+            by_name["(idle)"].append(start - done)
+        by_name[name].append(end - max(start, done))
+        done = end
     rows = [
         {"kernel": name, "launches": len(us) / replays, "total_us": sum(us) / replays, "mean_us": statistics.mean(us)}
         for name, us in by_name.items()
@@ -152,9 +161,14 @@ def show(row: dict[str, Any], ceiling: float | None, num_kernels: int) -> None:
     kernels = row.get("kernels", [])
     if kernels:
         total = sum(k["total_us"] for k in kernels)
-        print(f"    {sum(k['launches'] for k in kernels):.0f} kernels, {total / 1e3:.3f} ms of their own time")
+        print(f"    {sum(k['launches'] for k in kernels if k['kernel'] != '(idle)'):.0f} kernels, {total / 1e3:.3f} ms")
     for k in kernels[:num_kernels]:
-        print(f"    {k['total_us']:10.1f} us  {k['launches']:6.1f} x {k['mean_us']:8.2f} us  {k['kernel'][:100]}")
+        print(f"    {k['total_us']:10.1f} us  {k['launches']:6.1f} x {k['mean_us']:8.2f} us  {_short(k['kernel'])}")
+
+
+def _short(name: str) -> str:
+    """A kernel's name without the namespaces around it."""
+    return name.replace("(anonymous namespace)::", "").removeprefix("void ").replace("nf::", "")[:90]
 
 
 def main() -> None:
