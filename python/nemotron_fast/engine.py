@@ -29,10 +29,12 @@ class EngineOptions:
     num_pages: int  # of the KV cache
     max_num_seqs: int = 64  # sequences in one step
     max_batched_tokens: int = 512  # tokens in one step
-    max_mixed_tokens: int | None = None  # prompt tokens in a step that decodes as well; None: as above
+    max_mixed_tokens: int | None = None  # tokens in a step that both decodes and computes prompts; None: as above
+    prefix_caching: bool = True  # use pages of the KV cache again that hold the same tokens
     seed: int = 0
     overlap: bool = False  # launch a step before the tokens of the one before are known
     padded_decode: bool = False  # pad decode steps to a few sizes, which on a GPU are replayed as CUDA graphs
+    debug: bool = False  # check the scheduler's invariants after every step
 
 
 class Engine:
@@ -66,6 +68,7 @@ class Engine:
             max_num_seqs=options.max_num_seqs,
             max_batched_tokens=options.max_batched_tokens,
             max_mixed_tokens=options.max_mixed_tokens,
+            prefix_caching=options.prefix_caching,
         )
         self._next_id = 0
 
@@ -119,7 +122,10 @@ class Engine:
             self._in_flight = self.executor.launch(chunks) if chunks else None
         if done is None and not overlap:
             done, self._in_flight = self._in_flight, None
-        return [] if done is None else self._take_in(done)
+        touched = [] if done is None else self._take_in(done)
+        if self.options.debug:
+            self.scheduler.check()
+        return touched
 
     def abort(self, request: Request) -> None:
         """End a request now, wherever it is; its pages are free afterwards. A finished one stays as it is."""
@@ -146,6 +152,7 @@ class Engine:
         """Abort everything because a row of logits was not a number: what follows would be garbage."""
         for request in [*self.scheduler.running, *self.scheduler.waiting]:
             self.abort(request)
+        self.scheduler.pages.forget_all()
         self._in_flight = None
         raise NumericsError(
             f"the logits of request {culprit.id} are NaN with {self.model.weights.embed.dtype} activations; "

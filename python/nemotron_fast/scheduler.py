@@ -16,8 +16,10 @@ from collections import deque
 from dataclasses import dataclass
 
 from nemotron_fast.errors import CapacityError
-from nemotron_fast.pages import PAGE_SIZE, PageAllocator, pages_for
+from nemotron_fast.pages import PAGE_SIZE, PagePool, page_key, pages_for
 from nemotron_fast.request import Request, Status
+
+MIN_PROMPT_TOKENS = 64  # of a step, however many others decode
 
 
 @dataclass(frozen=True)
@@ -33,17 +35,28 @@ class Chunk:
 class Scheduler:
     """Args:
     max_batched_tokens: tokens of one step.
-    max_mixed_tokens: prompt tokens of a step that decodes as well, so that long prompts bound its time; None: no
-        bound but the one above.
+    max_mixed_tokens: tokens of a step that both decodes and computes prompts, so that prompts bound its time; None:
+        no bound but the one above.
+    prefix_caching: use pages again that hold the same tokens.
     """
 
     def __init__(
-        self, num_pages: int, *, max_num_seqs: int, max_batched_tokens: int, max_mixed_tokens: int | None = None
+        self,
+        num_pages: int,
+        *,
+        max_num_seqs: int,
+        max_batched_tokens: int,
+        max_mixed_tokens: int | None = None,
+        prefix_caching: bool = True,
     ) -> None:
-        self.pages = PageAllocator(num_pages)
+        self.pages = PagePool(num_pages)
         self.max_num_seqs = max_num_seqs
         self.max_batched_tokens = max_batched_tokens
         self.max_mixed_tokens = max_mixed_tokens or max_batched_tokens
+        self.prefix_caching = prefix_caching
+        self.num_looked_up = 0  # tokens of started requests that the cache was asked for
+        self.num_found = 0  # and those it had
+        self.num_preempted = 0  # times a request gave its pages back
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []  # in order of arrival
 
@@ -71,7 +84,7 @@ class Scheduler:
         decode_budget = self.max_batched_tokens
         prompt_budget = max(decode_budget - num_decoding, 0)
         if num_decoding:
-            prompt_budget = min(prompt_budget, self.max_mixed_tokens)
+            prompt_budget = min(prompt_budget, max(self.max_mixed_tokens - num_decoding, MIN_PROMPT_TOKENS))
         chunks: list[Chunk] = []
         num_running = len(self.running)
         for request in list(self.running):
@@ -81,7 +94,7 @@ class Scheduler:
             num_tokens = min(request.num_expected - request.num_computed, decode_budget if decoding else prompt_budget)
             if num_tokens == 0 or not self._grow(request, request.num_computed + num_tokens):
                 continue
-            chunks.append(_plan(request, num_tokens))
+            chunks.append(self._plan(request, num_tokens))
             if decoding:
                 decode_budget -= 1
             else:
@@ -111,23 +124,69 @@ class Scheduler:
             self.waiting.remove(request)
         self._release(request)
 
+    def check(self) -> None:
+        """The invariants between steps."""
+        assert not any(r.pages for r in self.waiting), "a waiting request holds pages"
+        self.pages.check(r.pages for r in self.running)
+
     def _admit(self, budget: int) -> list[Chunk]:
         """Start waiting requests that the pool holds whole, as they are now."""
         chunks = []
         while self.waiting and budget and len(self.running) < self.max_num_seqs:
             request = self.waiting[0]
-            if request.in_flight or pages_for(request.num_tokens) > self.pages.num_free:
+            shared = self._find_prefix(request)
+            if request.in_flight or not self.pages.can_hold(shared, pages_for(request.num_tokens) - len(shared)):
                 break
             self.waiting.popleft()
-            request.status = Status.RUNNING
-            request.scheduled_at = request.scheduled_at or time.perf_counter()
-            self.running.append(request)
-            num_tokens = min(request.num_tokens, budget)
-            grown = self._grow(request, num_tokens)
-            assert grown, "the pages were free a moment ago"
-            chunks.append(_plan(request, num_tokens))
+            self._start(request, shared)
+            num_tokens = min(request.num_tokens - request.num_computed, budget)
+            grown = self._grow(request, request.num_computed + num_tokens)
+            assert grown, "the pool holds the whole request"
+            chunks.append(self._plan(request, num_tokens))
             budget -= num_tokens
         return chunks
+
+    def _start(self, request: Request, shared: list[int]) -> None:
+        self.pages.share(shared)
+        request.pages, request.num_published = shared, len(shared)
+        request.num_computed = len(shared) * PAGE_SIZE
+        self.num_looked_up += request.num_tokens
+        self.num_found += request.num_computed
+        if request.scheduled_at is None:
+            request.scheduled_at = time.perf_counter()
+            request.num_cached = request.num_computed
+        request.status = Status.RUNNING
+        self.running.append(request)
+
+    def _find_prefix(self, request: Request) -> list[int]:
+        """Cached pages that the request can begin with; at least one token is left to compute."""
+        wants_prompt = request.params.prompt_logprobs is not None and len(request.prompt_logprobs) < len(request.prompt)
+        if not self.prefix_caching or wants_prompt:
+            return []
+        return self.pages.find(_keys(request, (request.num_tokens - 1) // PAGE_SIZE))
+
+    def _plan(self, request: Request, num_tokens: int) -> Chunk:
+        """The request's next chunk, recorded as computed.
+
+        Pages that a prompt's chunk fills are there for requests of the same step already: a step appends all KV of
+        a block before its attention. The token of a decoding request counts from the next step on, so that a
+        kernel may append and attend at once.
+        """
+        start = request.num_computed
+        request.num_computed = start + num_tokens
+        samples = request.num_computed == request.num_expected
+        request.in_flight += samples
+        self._publish(request, request.num_computed if num_tokens > 1 else start)
+        return Chunk(request, start, request.num_computed, samples)
+
+    def _publish(self, request: Request, num_computed: int) -> None:
+        if not self.prefix_caching:
+            return
+        count = min(num_computed, request.num_tokens) // PAGE_SIZE
+        keys = _keys(request, count)
+        for index in range(request.num_published, count):
+            self.pages.publish(request.pages[index], keys[index])
+        request.num_published = max(request.num_published, count)
 
     def _grow(self, request: Request, stop: int) -> bool:
         """Pages for the request's tokens below `stop`, preempting younger requests, or itself, if needed."""
@@ -144,22 +203,25 @@ class Scheduler:
     def _preempt(self, request: Request) -> None:
         self.running.remove(request)
         self._release(request)
-        request.status, request.num_computed = Status.WAITING, 0
+        request.status = Status.WAITING
         self.waiting.appendleft(request)
+        self.num_preempted += 1
 
     def _release(self, request: Request) -> None:
-        self.pages.release(request.pages)
-        request.pages = []
+        if request.pages:
+            self._publish(request, request.num_computed)
+            self.pages.release(request.pages)
+        request.pages, request.num_computed, request.num_published = [], 0, 0
 
 
 def _is_decoding(request: Request) -> bool:
     return request.num_expected - request.num_computed == 1 and not request.awaits_last_token
 
 
-def _plan(request: Request, num_tokens: int) -> Chunk:
-    """The request's next chunk, recorded as computed."""
-    start = request.num_computed
-    request.num_computed = start + num_tokens
-    samples = request.num_computed == request.num_expected
-    request.in_flight += samples
-    return Chunk(request, start, request.num_computed, samples)
+def _keys(request: Request, count: int) -> list[bytes]:
+    """The keys of the request's first `count` pages; all their tokens are known."""
+    keys = request.page_keys
+    while len(keys) < count:
+        begin = len(keys) * PAGE_SIZE
+        keys.append(page_key(keys[-1] if keys else b"", request.tokens(begin, begin + PAGE_SIZE)))
+    return keys[:count]

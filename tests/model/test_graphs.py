@@ -91,8 +91,8 @@ def test_mixed_requests_with_preemption_and_arrivals(seed, folder):
             requests.append(engine.add_request(*plans[len(requests)]))
         engine.step()
     assert_same(requests, want)
-    engine.scheduler.pages.check()
-    assert engine.scheduler.pages.num_free == engine.scheduler.pages.num_pages
+    engine.scheduler.check()
+    assert engine.scheduler.pages.num_held == 0
 
 
 def test_an_abort_discards_the_token_in_flight(folder):

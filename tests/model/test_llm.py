@@ -35,9 +35,9 @@ def llm():
 
 
 def pool_is_free(llm: LLM) -> bool:
-    pages = llm._engine.scheduler.pages
-    pages.check()
-    return pages.num_free == pages.num_pages and not llm._live and not llm._engine.has_work
+    scheduler = llm._engine.scheduler
+    scheduler.check()
+    return scheduler.pages.num_held == 0 and not llm._live and not llm._engine.has_work
 
 
 def test_held_out_loss_is_the_recorded_one(llm):
