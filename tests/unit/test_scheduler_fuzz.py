@@ -70,13 +70,14 @@ class Device:
 
 
 def random_requests(rng: random.Random, num_pages: int) -> list[Request]:
-    base = [rng.randrange(VOCAB) for _ in range(num_pages * PAGE)]
+    vocab = rng.choice([2, VOCAB])  # 2: pages of equal tokens behind different beginnings
+    base = [rng.randrange(vocab) for _ in range(num_pages * PAGE)]
     requests = []
     for number in range(rng.randint(1, 9)):
         total = rng.randint(2, num_pages * PAGE)
         prompt_len = rng.randint(1, total - 1)
         shared = rng.choice([0, prompt_len // 2, prompt_len])
-        prompt = base[:shared] + [rng.randrange(VOCAB) for _ in range(prompt_len - shared)]
+        prompt = base[:shared] + [rng.randrange(vocab) for _ in range(prompt_len - shared)]
         params = rng.choice([PARAMS] * 9 + [PARAMS_PROMPT])
         requests.append(
             Request(number, prompt, params, seed=0, max_tokens=total - prompt_len, stop_ids=frozenset({STOP}))
