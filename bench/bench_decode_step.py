@@ -110,7 +110,7 @@ def kernel_times(graph: torch.cuda.CUDAGraph, replays: int = 3) -> list[dict[str
 
 
 def measure(llm: LLM, batch: int, context: int, args: argparse.Namespace) -> dict[str, Any]:
-    engine = llm._engine
+    engine = llm.engine
     for _ in range(batch):
         place(engine, context)
     row: dict[str, Any] = {"batch": batch, "context": context, "engine_us": engine_step_us(engine, args.steps)}
@@ -199,7 +199,7 @@ def main() -> None:
         max_num_seqs=max(batches),
     )
     print(f"{timing.device_name(llm.device)}: {ceilings}; model ready in {time.perf_counter() - begin:.1f} s")
-    fill_randomly(llm._engine)
+    fill_randomly(llm.engine)
     results = []
     for context in contexts:
         for batch in batches:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from typing import NoReturn
 
@@ -12,6 +13,7 @@ from nemotron_fast.config import ModelConfig
 from nemotron_fast.errors import CapacityError, NumericsError, RequestError
 from nemotron_fast.executor import Executor, Launch
 from nemotron_fast.kv_cache import make_kv_cache
+from nemotron_fast.metrics import Metrics, Recorder
 from nemotron_fast.model import Model
 from nemotron_fast.pages import PAGE_SIZE, pages_for
 from nemotron_fast.request import Request
@@ -70,7 +72,12 @@ class Engine:
             max_mixed_tokens=options.max_mixed_tokens,
             prefix_caching=options.prefix_caching,
         )
+        self._recorder = Recorder()
         self._next_id = 0
+
+    def metrics(self) -> Metrics:
+        """What the engine is doing, and how fast."""
+        return self._recorder.snapshot(self.scheduler)
 
     @property
     def has_work(self) -> bool:
@@ -146,7 +153,19 @@ class Engine:
                 self._give_up(request)
         tokens = [r.forced.popleft() if r.forced else t for r, t in zip(launch.sampled, tokens, strict=True)]
         self._record_logprobs(launch, tokens)
-        return [r for r, token in zip(launch.sampled, tokens, strict=True) if self.scheduler.receive(r, token)]
+        touched = [r for r, token in zip(launch.sampled, tokens, strict=True) if self.scheduler.receive(r, token)]
+        self._record_times(touched)
+        return touched
+
+    def _record_times(self, touched: list[Request]) -> None:
+        now = time.perf_counter()
+        for request in touched:
+            if request.last_token_at is None:
+                self._recorder.first_token(len(request.prompt), now - request.arrived_at)
+            else:
+                self._recorder.next_token(now - request.last_token_at)
+            request.last_token_at = now
+        self._recorder.step(now, len(touched), sum(r.is_finished for r in touched))
 
     def _give_up(self, culprit: Request) -> NoReturn:
         """Abort everything because a row of logits was not a number: what follows would be garbage."""

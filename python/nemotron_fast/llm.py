@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
 import operator
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -16,11 +14,12 @@ from nemotron_fast.device import KV_DTYPES, free_bytes, resolve_device, resolve_
 from nemotron_fast.engine import Engine, EngineOptions
 from nemotron_fast.errors import Problems, RequestError
 from nemotron_fast.loading import load_model
+from nemotron_fast.metrics import Metrics
 from nemotron_fast.outputs import Delta, Result
 from nemotron_fast.progress import progress_bar
-from nemotron_fast.request import Request
 from nemotron_fast.sampling_params import SamplingParams
-from nemotron_fast.sequence_text import SequenceText, make_result
+from nemotron_fast.sequence_text import make_result
+from nemotron_fast.text_engine import TextEngine, drain, is_drained
 
 GPU_BATCHED_TOKENS, CPU_BATCHED_TOKENS = 2048, 512  # tokens of one step
 
@@ -110,8 +109,8 @@ class LLM:
         self.max_model_len = length
         self.device = where
         self.sampling_defaults = loaded.defaults.sampling
-        self._engine: Engine | None = Engine(config, loaded.weights, kv_dtype=kv_type, options=options)
-        self._live: dict[Request, SequenceText] = {}
+        engine = Engine(config, loaded.weights, kv_dtype=kv_type, options=options)
+        self.text_engine = TextEngine(engine, self.tokenizer, self.sampling_defaults)
         if self.sampling_defaults:
             values = ", ".join(f"{k}={v}" for k, v in self.sampling_defaults.items())
             print(
@@ -159,25 +158,46 @@ class LLM:
 
         The request is queued when the first delta is asked for. The last delta carries the whole result.
         """
+        conversation = self.prepare(prompt, thinking)
+        return (delta for _, delta in self._deltas([conversation], params or SamplingParams()))
+
+    def stream_many(
+        self,
+        prompts: Sequence[Prompt | list[Message]],
+        params: SamplingParams | None = None,
+        *,
+        thinking: bool | None = None,
+    ) -> Iterator[tuple[int, Delta]]:
+        """Like stream of several prompts at once: (number of the prompt, delta), as they come."""
+        conversations = [self.prepare(p, thinking) for p in prompts]
+        return self._deltas(conversations, params or SamplingParams())
+
+    def prepare(self, prompt: Prompt | list[Message], thinking: bool | None = None) -> Conversation:
+        """The token ids of text, of token ids, or of messages through the chat template.
+
+        Raises:
+            RequestError: it cannot be served.
+        """
         is_chat = isinstance(prompt, list) and bool(prompt) and isinstance(prompt[0], dict)
-        conversation = prepare_chat(self.tokenizer, prompt, thinking) if is_chat else self._plain(prompt)
-        return self._deltas(conversation, params or SamplingParams())
+        return prepare_chat(self.tokenizer, prompt, thinking) if is_chat else self._plain(prompt)
+
+    def metrics(self) -> Metrics:
+        """What the engine is doing, and how fast."""
+        return self.engine.metrics()
+
+    @property
+    def engine(self) -> Engine:
+        return self.text_engine.engine
 
     def close(self) -> None:
         """Free the weights and the cache; the object cannot be used afterwards. Closing twice is harmless."""
-        self._engine = None
-        self._live.clear()
+        self.text_engine.close()
 
     def __enter__(self) -> LLM:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-    def _open_engine(self) -> Engine:
-        if self._engine is None:
-            raise RequestError("this LLM is closed; make a new one")
-        return self._engine
 
     def _plain(self, prompt: Prompt) -> Conversation:
         if not isinstance(prompt, str):
@@ -188,82 +208,37 @@ class LLM:
             raise RequestError("this checkpoint has no tokenizer.json; give token ids instead of text")
         return Conversation(prompt, self.tokenizer.encode(prompt))
 
-    def _start(self, conversations: list[Conversation], params: SamplingParams) -> list[list[SequenceText]]:
-        """Queue n sequences per conversation; if one is refused, none is left queued."""
-        engine = self._open_engine()
-        if not isinstance(params, SamplingParams):
-            raise RequestError(f"params is {type(params).__name__}, want SamplingParams")
-        if params.stop and self.tokenizer is None:
-            raise RequestError("stop strings need a tokenizer, and this checkpoint has no tokenizer.json")
-        started: list[list[SequenceText]] = []
-        with contextlib.ExitStack() as undo:
-            for conversation in conversations:
-                if params.max_thinking_tokens is not None and conversation.profile is None:
-                    raise RequestError("max_thinking_tokens needs chat with a model that has a reasoning switch")
-                resolved = params.resolve(self.sampling_defaults | conversation.sampling)
-                group = []
-                for index in range(params.n):
-                    request = engine.add_request(conversation.token_ids, resolved, sample_index=index)
-                    resolved = dataclasses.replace(resolved, prompt_logprobs=None)  # once per prompt is enough
-                    undo.callback(engine.abort, request)
-                    group.append(
-                        SequenceText(
-                            request, index, self.tokenizer, conversation.profile, conversation.starts_in_thought
-                        )
-                    )
-                started.append(group)
-            undo.pop_all()
-        self._live.update((s.request, s) for group in started for s in group)
-        return started
-
-    def _step(self) -> list[Request]:
-        """One engine step and the text of every sequence it touched; returns the requests that got a token."""
-        engine = self._open_engine()
-        touched = engine.step()
-        for request in touched:
-            sequence = self._live[request]
-            sequence.advance()
-            if sequence.stopped_by is not None:
-                engine.stop_by_text(request, sequence.stopped_by)
-            if request.is_finished:
-                del self._live[request]
-        return touched
-
     def _run(self, conversations: list[Conversation], params: SamplingParams, progress: bool | None) -> list[Result]:
-        groups = self._start(conversations, params)
+        text = self.text_engine
+        groups = text.start(conversations, params)
         pending = {s.request for group in groups for s in group}
         total = len(pending)
         show = progress if progress is not None else len(groups) > 1 and sys.stderr.isatty()
         try:
             with progress_bar("generating", total, unit="sequences", show=show) as bar:
                 while pending:
-                    touched = self._step()
+                    touched = text.step()
                     pending.difference_update(r for r in touched if r.is_finished)
                     bar(total - len(pending), len(touched))
         finally:
-            self._cancel(groups)
+            text.cancel(groups)
         return [make_result(c, group) for c, group in zip(conversations, groups, strict=True)]
 
-    def _deltas(self, conversation: Conversation, params: SamplingParams) -> Iterator[Delta]:
-        sequences = self._start([conversation], params)[0]
+    def _deltas(self, conversations: list[Conversation], params: SamplingParams) -> Iterator[tuple[int, Delta]]:
+        text = self.text_engine
+        groups = text.start(conversations, params)
+        live = dict(enumerate(groups))
         try:
-            while any(not s.request.is_finished or s.deltas for s in sequences):
-                for sequence in sequences:
-                    while sequence.deltas:
-                        delta = sequence.deltas.popleft()
-                        if all(s.request.is_finished and not s.deltas for s in sequences):
-                            delta = dataclasses.replace(delta, result=make_result(conversation, sequences))
-                        yield delta
-                if any(not s.request.is_finished for s in sequences):
-                    self._step()
+            while live:
+                for index, group in [*live.items()]:
+                    for delta in drain(conversations[index], group):
+                        yield index, delta
+                    if is_drained(group):
+                        del live[index]
+                if live:
+                    text.step()
         finally:
-            self._cancel([sequences])
-
-    def _cancel(self, groups: list[list[SequenceText]]) -> None:
-        for sequence in (s for group in groups for s in group):
-            if self._engine is not None:
-                self._engine.abort(sequence.request)
-            self._live.pop(sequence.request, None)
+            text.cancel(groups)
 
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

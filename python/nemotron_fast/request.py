@@ -58,9 +58,10 @@ class Request:
     stop_reason: int | str | None = None  # the token id or string that stopped it
     logprobs: list[TokenLogprob] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprob | None] = field(default_factory=list)  # the first token has none
-    arrived_at: float = field(default_factory=time.perf_counter)  # seconds, as are the next three
+    arrived_at: float = field(default_factory=time.perf_counter)  # seconds, as are the next four
     scheduled_at: float | None = None
     first_token_at: float | None = None
+    last_token_at: float | None = None
     finished_at: float | None = None
 
     @property
