@@ -18,9 +18,10 @@ from typing import Any
 
 from nemotron_fast.conversation import Conversation
 from nemotron_fast.errors import RequestError
-from nemotron_fast.llm import LLM, Message, Prompt
+from nemotron_fast.llm import LLM
 from nemotron_fast.metrics import Metrics
 from nemotron_fast.outputs import Delta, Result
+from nemotron_fast.prompts import Message, Prompt
 from nemotron_fast.sampling_params import SamplingParams
 from nemotron_fast.text_engine import Group, drain
 
@@ -59,8 +60,11 @@ class AsyncLLM:
         Raises:
             RequestError: a prompt or parameter that cannot be served, or the AsyncLLM is closed.
         """
+        params = params or SamplingParams()
+        if not isinstance(params, SamplingParams):
+            raise RequestError(f"params is {type(params).__name__}, want SamplingParams")
         conversation = await asyncio.to_thread(self._llm.prepare, prompt, thinking)
-        stream = _Stream(conversation, params or SamplingParams(), asyncio.get_running_loop(), asyncio.Queue())
+        stream = _Stream(conversation, params, asyncio.get_running_loop(), asyncio.Queue())
         with self._closing:
             self._refuse_if_closed()
             self._inbox.put(partial(self._begin, stream))
@@ -127,7 +131,7 @@ class AsyncLLM:
 
     def _begin(self, stream: _Stream) -> None:
         try:
-            (stream.group,) = self._text.start([stream.conversation], stream.params)
+            (stream.group,) = self._text.start([stream.conversation], [stream.params])
         except Exception as error:  # belongs to the caller
             self._send({stream: error})
         else:

@@ -134,6 +134,12 @@ class Engine:
             self.scheduler.check()
         return touched
 
+    @torch.inference_mode()
+    def warm_up(self) -> None:
+        """Capture the decode steps of all batch sizes; only between steps."""
+        assert self._in_flight is None, "a step is in flight"
+        self.executor.warm_up()
+
     def abort(self, request: Request) -> None:
         """End a request now, wherever it is; its pages are free afterwards. A finished one stays as it is."""
         if not request.is_finished:
@@ -147,7 +153,7 @@ class Engine:
         request.finish_by_text(stop)
 
     def _take_in(self, launch: Launch) -> list[Request]:
-        tokens = launch.tokens()
+        tokens = launch.tokens.wait()
         for request, token in zip(launch.sampled, tokens, strict=True):
             if token == NAN_TOKEN and not request.is_finished:
                 self._give_up(request)

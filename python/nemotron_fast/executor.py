@@ -28,20 +28,26 @@ TOKEN_WORDS, SEQ_WORDS = 5, 9  # 64-bit words of a step per token, and per seque
 
 
 @dataclass(frozen=True)
+class Fetched:
+    """Sampled tokens on their way to the host."""
+
+    _tokens: Tensor
+    _arrived: torch.cuda.Event | None  # None: they are there
+
+    def wait(self) -> list[int]:
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return self._tokens.tolist()
+
+
+@dataclass(frozen=True)
 class Launch:
     """A step in flight."""
 
     sampled: list[Request]  # one per row of tokens
     prompt_rows: list[PromptRows]
     logits_RV: Tensor | None  # as the model gave them; None if nobody asked for log-probabilities
-    _tokens: Tensor  # on the host, once `_done`
-    _done: torch.cuda.Event | None  # None: at once
-
-    def tokens(self) -> list[int]:
-        """The sampled tokens; waits for the step."""
-        if self._done is not None:
-            self._done.synchronize()
-        return self._tokens.tolist()
+    tokens: Fetched
 
 
 @dataclass(frozen=True)
@@ -102,9 +108,7 @@ class Executor:
         if self._scratch_page is not None and num_rows == len(chunks) == len(rows.token_ids):
             size = padded_size(self._sizes, num_rows)
             inputs = self._load_padded(rows, size)
-            logits_RV = (
-                self._graphs.replay(size, lambda: self._compute(inputs)) if self._graphs else self._compute(inputs)
-            )
+            logits_RV = self._replay(size, inputs)
         else:
             inputs = self._load(rows)
             logits_RV = self._compute(inputs)
@@ -115,11 +119,28 @@ class Executor:
             logits_SV = logits_RV[:num_rows].clone() if wants_logits else logits_RV[:num_rows]
             adjust_logits(logits_SV, sampled)
             inputs.sampling.sample(logits_SV, self._sampled[:num_rows])
-        return Launch(sampled, rows.prompt_rows, logits_RV if wants_logits else None, *self._fetch(num_rows))
+        return Launch(sampled, rows.prompt_rows, logits_RV if wants_logits else None, self._fetch(num_rows))
+
+    def warm_up(self) -> None:
+        """Run all padded sizes on padding rows, which captures their graphs; the largest first: its memory serves all.
+
+        No step may be in flight.
+        """
+        if self._scratch_page is None:
+            return
+        for size in reversed(self._sizes):
+            self._replay(size, self._load_padded(Rows(), size))
+            self._fetch(0).wait()
 
     def decode_graph(self, num_seqs: int) -> torch.cuda.CUDAGraph:
         """The graph of decode steps of so many sequences, which must have run before; for benches."""
         return self._graphs.graph(padded_size(self._sizes, num_seqs))
+
+    def _replay(self, size: int, inputs: Inputs) -> Tensor:
+        """_compute on the buffers of a padded size."""
+        if self._graphs is None:
+            return self._compute(inputs)
+        return self._graphs.replay(size, lambda: self._compute(inputs))
 
     def _compute(self, inputs: Inputs) -> Tensor:
         """Logits [R, V] float32; the tokens of the sampled rows go to _sampled."""
@@ -158,7 +179,7 @@ class Executor:
         """
         room, extra = self._max_num_seqs, size - len(rows.sampled)
         scratch = self._scratch_page
-        width = max(len(pages) for pages in rows.pages)
+        width = max((len(pages) for pages in rows.pages), default=1)
         table = _table([*rows.pages, *[[]] * extra], width, scratch)
         _, sources, positions, slots, kv_len, *rest = self._staging.load(
             [
@@ -188,16 +209,16 @@ class Executor:
     def _feed(self, num_tokens: int) -> Tensor:
         return self._staging.memory[: self._max_num_seqs + num_tokens]
 
-    def _fetch(self, num_rows: int) -> tuple[Tensor, torch.cuda.Event | None]:
-        """Send the sampled tokens to the host; where they will be, and when."""
+    def _fetch(self, num_rows: int) -> Fetched:
+        """Send the sampled tokens to the host."""
         self._fetched.reverse()
         tokens = self._fetched[0][:num_rows]
         tokens.copy_(self._sampled[:num_rows], non_blocking=True)
         if not self._sampled.is_cuda:
-            return tokens, None
-        done = torch.cuda.Event()
-        done.record()
-        return tokens, done
+            return Fetched(tokens, None)
+        arrived = torch.cuda.Event()
+        arrived.record()
+        return Fetched(tokens, arrived)
 
 
 def _table(pages: list[list[int]], width: int, fill: int) -> np.ndarray:

@@ -39,21 +39,15 @@ class TextEngine:
         self._engine = None
         self.live.clear()
 
-    def start(self, conversations: list[Conversation], params: SamplingParams) -> list[Group]:
+    def start(self, conversations: list[Conversation], params: list[SamplingParams]) -> list[Group]:
         """Queue n sequences per conversation; if one is refused, none is left queued."""
         engine = self.engine
-        if not isinstance(params, SamplingParams):
-            raise RequestError(f"params is {type(params).__name__}, want SamplingParams")
-        if params.stop and self._tokenizer is None:
-            raise RequestError("stop strings need a tokenizer, and this checkpoint has no tokenizer.json")
         started: list[Group] = []
         with contextlib.ExitStack() as undo:
-            for conversation in conversations:
-                if params.max_thinking_tokens is not None and conversation.profile is None:
-                    raise RequestError("max_thinking_tokens needs chat with a model that has a reasoning switch")
-                resolved = params.resolve(self._sampling_defaults | conversation.sampling)
+            for conversation, own in zip(conversations, params, strict=True):
+                resolved = self._resolve(conversation, own)
                 group = []
-                for index in range(params.n):
+                for index in range(own.n):
                     request = engine.add_request(conversation.token_ids, resolved, sample_index=index)
                     resolved = dataclasses.replace(resolved, prompt_logprobs=None)  # once per prompt is enough
                     undo.callback(engine.abort, request)
@@ -66,6 +60,13 @@ class TextEngine:
             undo.pop_all()
         self.live.update((s.request, s) for group in started for s in group)
         return started
+
+    def _resolve(self, conversation: Conversation, params: SamplingParams) -> SamplingParams:
+        if params.stop and self._tokenizer is None:
+            raise RequestError("stop strings need a tokenizer, and this checkpoint has no tokenizer.json")
+        if params.max_thinking_tokens is not None and conversation.profile is None:
+            raise RequestError("max_thinking_tokens needs chat with a model that has a reasoning switch")
+        return params.resolve(self._sampling_defaults | conversation.sampling)
 
     def step(self) -> list[Request]:
         """One engine step and the text of every sequence it touched; returns the requests that got a token."""

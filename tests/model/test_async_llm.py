@@ -172,3 +172,13 @@ def test_a_thousand_prompts_keep_their_order():
         prompts = [[100 + i % 7, 200 + i] for i in range(1000)]
         results = llm.generate(prompts, SamplingParams(max_tokens=2, temperature=0, ignore_eos=True), progress=False)
         assert [r.prompt_token_ids for r in results] == prompts
+
+
+def test_each_prompt_may_have_its_own_params(want):
+    with LLM("demo", device="cpu") as llm:
+        params = [SamplingParams(max_tokens=n, temperature=0) for n in (2, 5, 1, 12)]
+        results = llm.generate(PROMPTS, params)
+        for result, own, outputs in zip(results, params, want, strict=True):
+            assert result.outputs[0].token_ids == outputs[0].token_ids[: own.max_tokens]
+        with pytest.raises(RequestError, match="params has 3 entries for 4 prompts"):
+            llm.generate(PROMPTS, params[:3])

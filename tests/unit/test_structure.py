@@ -20,7 +20,7 @@ TIERS: dict[int, str] = {
           random_weights packed_weights quantize sampling staging comm device""",
     2: """batch model graphs executor""",
     3: """engine""",
-    4: """__init__ __main__ llm async_llm text_engine outputs conversation loading sequence_text tokenizer
+    4: """__init__ __main__ llm async_llm text_engine prompts outputs conversation loading sequence_text tokenizer
           token_bytes detokenizer stop_strings chat_template template_sandbox template_rewrite template_limits
           reasoning reasoning_stream cli models testing""",
 }
