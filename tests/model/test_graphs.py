@@ -95,6 +95,14 @@ def test_mixed_requests_with_preemption_and_arrivals(seed, folder):
     assert engine.scheduler.pages.num_held == 0
 
 
+def test_warm_up_changes_nothing(folder):
+    prompts = [[5] * 30, [6] * 3]
+    want = run(make_engine(folder), prompts, params_of("greedy", 12))
+    engine = make_engine(folder, padded_decode=True, max_num_seqs=5)
+    engine.warm_up()
+    assert_same(run(engine, prompts, params_of("greedy", 12)), want)
+
+
 def test_an_abort_discards_the_token_in_flight(folder):
     engine = make_engine(folder, overlap=True)
     stays, goes = (engine.add_request([n] * 5, params_of("greedy", 20)) for n in (1, 2))
