@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from dataclasses import dataclass
 from typing import NoReturn
@@ -17,7 +18,7 @@ from nemotron_fast.metrics import Metrics, Recorder
 from nemotron_fast.model import Model
 from nemotron_fast.pages import PAGE_SIZE, pages_for
 from nemotron_fast.request import Request
-from nemotron_fast.sampling import NAN_TOKEN, token_logprobs
+from nemotron_fast.sampling import NAN_TOKEN, prompt_logprobs
 from nemotron_fast.sampling_params import SamplingParams
 from nemotron_fast.scheduler import Scheduler
 from nemotron_fast.weights import ModelWeights
@@ -136,8 +137,16 @@ class Engine:
 
     @torch.inference_mode()
     def warm_up(self) -> None:
-        """Capture the decode steps of all batch sizes; only between steps."""
-        assert self._in_flight is None, "a step is in flight"
+        """Capture the decode steps of all batch sizes.
+
+        Raises:
+            RequestError: requests are running.
+        """
+        if self.has_work:
+            raise RequestError("warm_up while requests are running; call it before the first one")
+        if self._in_flight is not None:  # what it computes came too late
+            self._in_flight.wait()
+            self._in_flight = None
         self.executor.warm_up()
 
     def abort(self, request: Request) -> None:
@@ -153,13 +162,19 @@ class Engine:
         request.finish_by_text(stop)
 
     def _take_in(self, launch: Launch) -> list[Request]:
-        tokens = launch.tokens.wait()
+        tokens, logprobs = launch.wait()
         for request, token in zip(launch.sampled, tokens, strict=True):
             if token == NAN_TOKEN and not request.is_finished:
                 self._give_up(request)
-        tokens = [r.forced.popleft() if r.forced else t for r, t in zip(launch.sampled, tokens, strict=True)]
-        self._record_logprobs(launch, tokens)
-        touched = [r for r, token in zip(launch.sampled, tokens, strict=True) if self.scheduler.receive(r, token)]
+        self._record_prompt_logprobs(launch)
+        touched = []
+        for request, token, logprob in zip(launch.sampled, tokens, logprobs, strict=True):
+            if request.forced:
+                token = request.forced.popleft()
+            if self.scheduler.receive(request, token):
+                touched.append(request)
+                if logprob is not None:
+                    request.logprobs.append(dataclasses.replace(logprob, token_id=token))
         self._record_times(touched)
         return touched
 
@@ -184,19 +199,12 @@ class Engine:
             "try another dtype, and check the scales of a quantised checkpoint"
         )
 
-    def _record_logprobs(self, launch: Launch, tokens: list[int]) -> None:
-        logits_RV = launch.logits_RV
-        if logits_RV is None:
-            return
+    def _record_prompt_logprobs(self, launch: Launch) -> None:
         for rows in launch.prompt_rows:
             request = rows.request
             targets = request.prompt[rows.position : rows.position + rows.count]
-            logits = logits_RV[rows.row : rows.row + rows.count]
-            request.prompt_logprobs += token_logprobs(logits, targets, [request.params.prompt_logprobs] * rows.count)
-        wanted = [r.params.logprobs for r in launch.sampled]
-        for request, logprob in zip(launch.sampled, token_logprobs(logits_RV, tokens, wanted), strict=True):
-            if logprob is not None and not request.is_finished:
-                request.logprobs.append(logprob)
+            logits = launch.logits_RV[rows.row : rows.row + rows.count]
+            request.prompt_logprobs += prompt_logprobs(logits, targets, request.params.prompt_logprobs)
 
     def _check_ids(self, ids: list[int], what: str) -> None:
         vocab = self.config.vocab_size

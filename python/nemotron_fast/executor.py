@@ -19,35 +19,35 @@ from nemotron_fast.graphs import StepGraphs, padded_size, padded_sizes
 from nemotron_fast.kv_cache import KVCache
 from nemotron_fast.model import Model
 from nemotron_fast.pages import PAGE_SIZE
-from nemotron_fast.request import Request
-from nemotron_fast.sampling import SamplingRows, adjust_logits, changes_logits, sampling_columns
+from nemotron_fast.request import Request, TokenLogprob
+from nemotron_fast.sampling import (
+    SamplingRows,
+    adjust_logits,
+    changes_logits,
+    sampling_columns,
+    token_logprobs,
+    top_logprobs,
+)
 from nemotron_fast.scheduler import Chunk
-from nemotron_fast.staging import Column, Staging
+from nemotron_fast.staging import Column, Fetch, Staging
 
 TOKEN_WORDS, SEQ_WORDS = 5, 9  # 64-bit words of a step per token, and per sequence besides its pages, at most
-
-
-@dataclass(frozen=True)
-class Fetched:
-    """Sampled tokens on their way to the host."""
-
-    _tokens: Tensor
-    _arrived: torch.cuda.Event | None  # None: they are there
-
-    def wait(self) -> list[int]:
-        if self._arrived is not None:
-            self._arrived.synchronize()
-        return self._tokens.tolist()
 
 
 @dataclass(frozen=True)
 class Launch:
     """A step in flight."""
 
-    sampled: list[Request]  # one per row of tokens
+    sampled: list[Request]  # one per token
     prompt_rows: list[PromptRows]
-    logits_RV: Tensor | None  # as the model gave them; None if nobody asked for log-probabilities
-    tokens: Fetched
+    logits_RV: Tensor  # as the model gave them, until the next launch
+    _results: Fetch  # the tokens, and the results of ops.top_logprobs if anybody asked for them
+
+    def wait(self) -> tuple[list[int], list[TokenLogprob | None]]:
+        """The sampled tokens, and their log-probabilities where asked for; waits for the step."""
+        tokens, *found = self._results.wait()
+        wanted = [r.params.logprobs for r in self.sampled]
+        return tokens, token_logprobs(tokens, wanted, *found) if found else [None] * len(tokens)
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,6 @@ class Executor:
         capacity = max_tokens * TOKEN_WORDS + max_num_seqs * (SEQ_WORDS + max_pages)
         self._staging = Staging(max_num_seqs, capacity, device)
         self._sampled = self._staging.memory[:max_num_seqs]
-        self._fetched = [torch.zeros(max_num_seqs, dtype=torch.int64, pin_memory=on_gpu) for _ in range(2)]
         self._sizes = padded_sizes(max_num_seqs)
         self._page_table = torch.zeros(max_num_seqs, max_pages, dtype=torch.int64, device=device)
         self._count = torch.arange(max_num_seqs + 1, device=device)
@@ -114,12 +113,16 @@ class Executor:
             logits_RV = self._compute(inputs)
         for row, request in enumerate(sampled):
             request.sample_row = row
-        wants_logits = bool(rows.prompt_rows) or any(r.params.logprobs is not None for r in sampled)
+        tokens_S, raw_SV = self._sampled[:num_rows], logits_RV[:num_rows]
+        num_top = max((r.params.logprobs for r in sampled if r.params.logprobs is not None), default=None)
         if any(changes_logits(r) for r in sampled):
-            logits_SV = logits_RV[:num_rows].clone() if wants_logits else logits_RV[:num_rows]
+            logits_SV = raw_SV if num_top is None else raw_SV.clone()
             adjust_logits(logits_SV, sampled)
-            inputs.sampling.sample(logits_SV, self._sampled[:num_rows])
-        return Launch(sampled, rows.prompt_rows, logits_RV if wants_logits else None, self._fetch(num_rows))
+            inputs.sampling.sample(logits_SV, tokens_S)
+        results = [tokens_S]
+        if num_top is not None:
+            results += top_logprobs(raw_SV, tokens_S, sampled, num_top)
+        return Launch(sampled, rows.prompt_rows, logits_RV, Fetch(*results))
 
     def warm_up(self) -> None:
         """Run all padded sizes on padding rows, which captures their graphs; the largest first: its memory serves all.
@@ -130,7 +133,7 @@ class Executor:
             return
         for size in reversed(self._sizes):
             self._replay(size, self._load_padded(Rows(), size))
-            self._fetch(0).wait()
+            Fetch(self._sampled).wait()  # the staging buffers are free again
 
     def decode_graph(self, num_seqs: int) -> torch.cuda.CUDAGraph:
         """The graph of decode steps of so many sequences, which must have run before; for benches."""
@@ -208,17 +211,6 @@ class Executor:
 
     def _feed(self, num_tokens: int) -> Tensor:
         return self._staging.memory[: self._max_num_seqs + num_tokens]
-
-    def _fetch(self, num_rows: int) -> Fetched:
-        """Send the sampled tokens to the host."""
-        self._fetched.reverse()
-        tokens = self._fetched[0][:num_rows]
-        tokens.copy_(self._sampled[:num_rows], non_blocking=True)
-        if not self._sampled.is_cuda:
-            return Fetched(tokens, None)
-        arrived = torch.cuda.Event()
-        arrived.record()
-        return Fetched(tokens, arrived)
 
 
 def _table(pages: list[list[int]], width: int, fill: int) -> np.ndarray:

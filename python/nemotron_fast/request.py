@@ -84,9 +84,11 @@ class Request:
 
     @property
     def needs_known_tokens(self) -> bool:
-        """Whether a step of it can be launched, or its results be read, only once all tokens before are known."""
+        """Whether its steps must wait for the one before, because they compute with tokens that the host must know."""
         params = self.params
-        return params.has_penalties or params.logprobs is not None or params.prompt_logprobs is not None
+        may_be_forced = params.max_thinking_tokens is not None
+        reports_prompt = params.prompt_logprobs is not None and len(self.prompt_logprobs) < len(self.prompt)
+        return params.has_penalties or reports_prompt or (may_be_forced and params.logprobs is not None)
 
     @property
     def is_finished(self) -> bool:

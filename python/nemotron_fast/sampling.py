@@ -59,22 +59,42 @@ def adjust_logits(logits_SV: Tensor, requests: list[Request]) -> None:
     _apply_penalties(logits_SV, requests)
 
 
-def token_logprobs(logits_SV: Tensor, tokens: list[int], num_tops: list[int | None]) -> list[TokenLogprob | None]:
-    """Per row, the token's log-probability with that many alternatives; None where the number is None."""
-    rows = [s for s, top in enumerate(num_tops) if top is not None]
-    found: list[TokenLogprob | None] = [None] * len(tokens)
-    if not rows:
-        return found
-    device = logits_SV.device
-    picked = torch.tensor([tokens[s] for s in rows], device=device)
-    num_top = min(max(num_tops[s] for s in rows), logits_SV.shape[1])
-    chosen, rank, values, ids = (
-        t.tolist() for t in ops.top_logprobs(logits_SV[torch.tensor(rows, device=device)], picked, num_top)
-    )
-    for i, s in enumerate(rows):
-        top = tuple(zip(ids[i], values[i], strict=True))[: num_tops[s]]
-        found[s] = TokenLogprob(tokens[s], chosen[i], rank[i], top)
-    return found
+def top_logprobs(
+    logits_SV: Tensor, tokens_S: Tensor, requests: list[Request], num_top: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """ops.top_logprobs of the sampled tokens, on the device.
+
+    A token that is to be replaced by a forced one is counted as that, if this is known by now.
+    """
+    counted_S = tokens_S.clamp(min=0)  # NAN_TOKEN is no token
+    for row, request in enumerate(requests):
+        if request.forced and request.in_flight == 1 and request.params.logprobs is not None:
+            counted_S[row].fill_(request.forced[0])
+    return ops.top_logprobs(logits_SV, counted_S, min(num_top, logits_SV.shape[1]))
+
+
+def token_logprobs(
+    tokens: list[int],
+    num_tops: list[int | None],
+    chosen: list[float],
+    ranks: list[int],
+    values: list[list[float]],
+    ids: list[list[int]],
+) -> list[TokenLogprob | None]:
+    """The results of ops.top_logprobs by token; None where the number of alternatives is."""
+    return [
+        None
+        if num_top is None
+        else TokenLogprob(token, chosen[s], ranks[s], tuple(zip(ids[s], values[s], strict=True))[:num_top])
+        for s, (token, num_top) in enumerate(zip(tokens, num_tops, strict=True))
+    ]
+
+
+def prompt_logprobs(logits_SV: Tensor, tokens: list[int], num_top: int) -> list[TokenLogprob | None]:
+    """The given tokens' log-probabilities, with so many alternatives."""
+    targets = torch.tensor(tokens, device=logits_SV.device)
+    found = ops.top_logprobs(logits_SV, targets, min(num_top, logits_SV.shape[1]))
+    return token_logprobs(tokens, [num_top] * len(tokens), *(t.tolist() for t in found))
 
 
 def _apply_biases(logits_SV: Tensor, requests: list[Request]) -> None:

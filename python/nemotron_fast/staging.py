@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How the numbers of a step reach the device without the host waiting for it: one asynchronous copy."""
+"""How the numbers of a step reach the device, and its results the host, while the host goes on."""
 
 from __future__ import annotations
 
@@ -47,3 +47,22 @@ class Staging:
             begin = end
         self._target[:begin].copy_(host[:begin], non_blocking=True)
         return views
+
+
+class Fetch:
+    """Tensors on their way to the host, as they are now on the current stream."""
+
+    def __init__(self, *tensors: Tensor) -> None:
+        on_gpu = tensors[0].is_cuda
+        self._hosts = [torch.empty(t.shape, dtype=t.dtype, pin_memory=on_gpu) for t in tensors]
+        for host, tensor in zip(self._hosts, tensors, strict=True):
+            host.copy_(tensor, non_blocking=True)
+        self._arrived = torch.cuda.Event() if on_gpu else None
+        if self._arrived is not None:
+            self._arrived.record()
+
+    def wait(self) -> list[list]:
+        """Their values."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return [host.tolist() for host in self._hosts]

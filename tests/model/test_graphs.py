@@ -8,6 +8,7 @@ import pytest
 from test_forward import make_engine, run
 
 from nemotron_fast import SamplingParams
+from nemotron_fast.errors import RequestError
 from nemotron_fast.graphs import padded_size, padded_sizes
 from nemotron_fast.sampling_params import NEUTRAL
 
@@ -98,9 +99,13 @@ def test_mixed_requests_with_preemption_and_arrivals(seed, folder):
 def test_warm_up_changes_nothing(folder):
     prompts = [[5] * 30, [6] * 3]
     want = run(make_engine(folder), prompts, params_of("greedy", 12))
-    engine = make_engine(folder, padded_decode=True, max_num_seqs=5)
-    engine.warm_up()
-    assert_same(run(engine, prompts, params_of("greedy", 12)), want)
+    engine = make_engine(folder, padded_decode=True, overlap=True, max_num_seqs=5)
+    for _ in range(2):
+        engine.warm_up()
+        assert_same(run(engine, prompts, params_of("greedy", 12)), want)
+    engine.add_request([1], params_of("greedy", 2))
+    with pytest.raises(RequestError, match="while requests are running"):
+        engine.warm_up()
 
 
 def test_an_abort_discards_the_token_in_flight(folder):
@@ -116,13 +121,18 @@ def test_an_abort_discards_the_token_in_flight(folder):
     assert len(goes.output) == known and goes.finish_reason == "abort" and stays.output == want
 
 
-def test_a_forced_token_replaces_the_one_in_flight(folder):
+@pytest.mark.parametrize("more", [{}, {"logprobs": 1, "max_thinking_tokens": 4}], ids=["plain", "logprobs"])
+def test_a_forced_token_replaces_the_one_in_flight(more, folder):
+    params = SamplingParams(**NEUTRAL | {"temperature": 0.0, "ignore_eos": True, "max_tokens": 12} | more)
     results = []
     for overlap in (False, True):
         engine = make_engine(folder, overlap=overlap)
-        request = engine.add_request([3, 4, 5], params_of("greedy", 12))
+        request = engine.add_request([3, 4, 5], params)
         while engine.has_work:
             if engine.step() and len(request.output) == 4:
                 request.forced.extend([77, 78, 79])
-        results.append(request.output)
-    assert results[0] == results[1] and results[0][4:7] == [77, 78, 79]
+        results.append(request)
+    assert_same(results[:1], results[1:])
+    assert results[0].output[4:7] == [77, 78, 79]
+    assert [e.token_id for e in results[1].logprobs] == (results[1].output if more else [])
+    assert all(e.logprob < e.top[0][1] for e in results[1].logprobs[4:7])
