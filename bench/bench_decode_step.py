@@ -10,6 +10,8 @@ python bench/bench_decode_step.py --batch 1,8,32,64 --context 1024 --out step.js
              the same run
     kernels  per name, from torch.profiler, in one step: launches, and by how much they put off its end, largest first
              (of kernels that overlap, and wait for each other, only what comes after the end of the ones before)
+    beside   with --beside N: median and p99 of Engine.step() while a prompt of N tokens is computed in chunks beside
+             the decoding sequences, and the p99 over the median without
 
 The sequences' KV is random; no prompt is computed. On a CPU: a small model, and the engine's time only.
 """
@@ -29,18 +31,20 @@ import torch
 from nemotron_fast import LLM, SamplingParams
 from nemotron_fast.engine import Engine
 from nemotron_fast.footprint import kv_bytes_per_token
+from nemotron_fast.metrics import Latency
 from nemotron_fast.pages import pages_for
 from nemotron_fast.request import Request, Status
 from nemotron_fast.sampling_params import NEUTRAL
+from nemotron_fast.scheduler import MIN_PROMPT_TOKENS
 from nemotron_fast.testing import timing
 
 CONFIGS = Path(__file__).parents[1] / "tests" / "configs"
-STEPS = 64  # a sequence of this many tokens more than the context is what a bench runs through, at most
+WARM_STEPS = 4  # these capture the graph and fill the pipeline
 
 
-def place(engine: Engine, context: int) -> Request:
+def place(engine: Engine, context: int, max_tokens: int) -> Request:
     """A sequence with `context` tokens in the cache, as if their prompt had been computed."""
-    params = SamplingParams(**NEUTRAL | {"temperature": 0.0}, max_tokens=STEPS, ignore_eos=True)
+    params = SamplingParams(**NEUTRAL | {"temperature": 0.0}, max_tokens=max_tokens, ignore_eos=True)
     prompt = torch.randint(engine.config.vocab_size, (context + 1,)).tolist()
     request = engine.add_request(prompt, params)
     scheduler = engine.scheduler
@@ -57,15 +61,33 @@ def fill_randomly(engine: Engine) -> None:
             page.copy_(torch.randn(page.shape, device=page.device))
 
 
-def engine_step_us(engine: Engine, steps: int) -> float:
-    for _ in range(4):  # captures the graph, fills the pipeline
+def engine_step_us(engine: Engine, steps: int) -> list[float]:
+    for _ in range(WARM_STEPS):
         engine.step()
+    return [timed_step_us(engine) for _ in range(steps)]
+
+
+def timed_step_us(engine: Engine) -> float:
+    begin = time.perf_counter()
+    engine.step()
+    return (time.perf_counter() - begin) * 1e6
+
+
+def beside_a_prompt(engine: Engine, length: int, without_us: float) -> dict[str, float]:
+    """Steps while a prompt of `length` tokens is computed beside the sequences that decode."""
+    params = SamplingParams(**NEUTRAL | {"temperature": 0.0}, max_tokens=1)
+    request = engine.add_request(torch.randint(engine.config.vocab_size, (length,)).tolist(), params)
     times = []
-    for _ in range(steps):
-        begin = time.perf_counter()
-        engine.step()
-        times.append((time.perf_counter() - begin) * 1e6)
-    return statistics.median(times)
+    while not request.is_finished:
+        times.append(timed_step_us(engine))
+    p99 = Latency.of(times).p99_s  # the unit is that of the samples
+    return {
+        "prompt": length,
+        "steps": len(times),
+        "median_us": statistics.median(times),
+        "p99_us": p99,
+        "p99_over_median_without": p99 / without_us,
+    }
 
 
 def graph_step_us(graph: torch.cuda.CUDAGraph, repeats: int) -> float:
@@ -112,8 +134,9 @@ def kernel_times(graph: torch.cuda.CUDAGraph, replays: int = 3) -> list[dict[str
 def measure(llm: LLM, batch: int, context: int, args: argparse.Namespace) -> dict[str, Any]:
     engine = llm.engine
     for _ in range(batch):
-        place(engine, context)
-    row: dict[str, Any] = {"batch": batch, "context": context, "engine_us": engine_step_us(engine, args.steps)}
+        place(engine, context, num_steps(args))
+    row: dict[str, Any] = {"batch": batch, "context": context}
+    row["engine_us"] = statistics.median(engine_step_us(engine, args.steps))
     config, kv = llm.config, engine.cache
     kv_width = kv.keys[0].element_size() if kv.keys else 1
     kv_bytes = batch * (context + args.steps // 2) * kv_bytes_per_token(config, "fp8") * kv_width
@@ -124,9 +147,16 @@ def measure(llm: LLM, batch: int, context: int, args: argparse.Namespace) -> dic
         row["host_us"] = row["engine_us"] - row["graph_us"]
         row["read_gb_per_s"] = row["read_bytes"] / row["graph_us"] / 1e3
         row["kernels"] = kernel_times(graph) if args.kernels else []
+    if args.beside:
+        row["beside"] = beside_a_prompt(engine, args.beside, row["engine_us"])
     for request in [*engine.scheduler.running]:
         engine.abort(request)
     return row
+
+
+def num_steps(args: argparse.Namespace) -> int:
+    """More than a sequence decodes here: a prompt beside it advances by at least MIN_PROMPT_TOKENS a step."""
+    return WARM_STEPS + args.steps + args.beside // MIN_PROMPT_TOKENS + 8
 
 
 def weight_bytes_read(engine: Engine) -> int:
@@ -158,6 +188,12 @@ def show(row: dict[str, Any], ceiling: float | None, num_kernels: int) -> None:
             f" | {row['read_gb_per_s']:5.0f} GB/s = {share:3.0f} % of read"
         )
     print(f"{text} | {row['batch'] / row['engine_us'] * 1e6:7.0f} tok/s", flush=True)
+    if "beside" in row:
+        b = row["beside"]
+        print(
+            f"    beside a prompt of {b['prompt']}: {b['steps']} steps, median {b['median_us'] / 1e3:.2f} ms, "
+            f"p99 {b['p99_us'] / 1e3:.2f} ms = {b['p99_over_median_without']:.2f} x the median without"
+        )
     kernels = row.get("kernels", [])
     if kernels:
         total = sum(k["total_us"] for k in kernels)
@@ -178,7 +214,8 @@ def main() -> None:
     parser.add_argument("--batch", default="1,8,32,64", help="batch sizes (default %(default)s)")
     parser.add_argument("--context", default="1024", help="tokens in the cache per sequence (default %(default)s)")
     parser.add_argument("--kv-dtype", default="fp8", help="type of the KV cache (default %(default)s)")
-    parser.add_argument("--steps", type=int, default=24, help=f"engine steps to time, below {STEPS - 8}")
+    parser.add_argument("--steps", type=int, default=24, help="engine steps to time (default %(default)s)")
+    parser.add_argument("--beside", type=int, default=0, metavar="N", help="tokens of a prompt computed beside")
     parser.add_argument("--repeats", type=int, default=9, help="groups of replays to time (default %(default)s)")
     parser.add_argument("--kernels", type=int, default=12, help="kernels to print; 0: no profile (default %(default)s)")
     parser.add_argument("--out", type=Path, help="where to write the JSON record")
@@ -195,8 +232,8 @@ def main() -> None:
         random_weights=True,
         quantize="fp8",
         kv_dtype=args.kv_dtype,
-        max_model_len=max(contexts) + STEPS + 1,
-        max_num_seqs=max(batches),
+        max_model_len=max(max(contexts) + num_steps(args), args.beside) + 1,
+        max_num_seqs=max(batches) + (args.beside > 0),
     )
     print(f"{timing.device_name(llm.device)}: {ceilings}; model ready in {time.perf_counter() - begin:.1f} s")
     fill_randomly(llm.engine)
