@@ -41,8 +41,6 @@ def logits_of(config: ModelConfig, weights: ModelWeights, num_tokens: int) -> Te
         q_start=torch.tensor([0, num_tokens]),
         kv_len=torch.tensor([num_tokens]),
         logit_rows=positions,
-        sampled=[],
-        prompt_rows=[],
     )
     with torch.inference_mode():
         return Model(config, weights, 64).forward(batch, cache)
