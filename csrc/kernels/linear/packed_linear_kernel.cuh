@@ -22,6 +22,7 @@
 #include "kernels/linear/linear.h"
 #include "kernels/linear/tile_maker.cuh"
 #include "kernels/ptx/bulk_copy.cuh"
+#include "kernels/ptx/named_barrier.cuh"
 #include "kernels/ptx/tensor_map.h"
 #include "kernels/ptx/wgmma.cuh"
 
@@ -256,7 +257,7 @@ __device__ __forceinline__ float x_scale(const LinearSmem<C>& s, const PackedLin
 template <class C>
 __device__ __forceinline__ void store_stats(const float2 (&s_stats)[C::kConsumerWarps][C::kTokens],
                                             const PackedLinearParams& p, int block) {
-  ptx::named_barrier<kStatsBarrier>(C::kConsumerWarps * kWarpSize);  // s_stats are written
+  ptx::barrier_sync(kStatsBarrier, C::kConsumerWarps * kWarpSize);  // s_stats are written
   const int token = threadIdx.x;
   if (token >= p.num_tokens) return;
   float2 stats = s_stats[0][token];

@@ -8,6 +8,7 @@
 #include "kernels/norm/row_stats.cuh"
 #include "kernels/ptx/bulk_copy.cuh"
 #include "kernels/ptx/mbarrier.cuh"
+#include "kernels/ptx/named_barrier.cuh"
 
 namespace nf {
 namespace {
@@ -62,7 +63,7 @@ struct TileMaker {
       const RowFactors factors = row_factors(p.x_rows, token, p.num_cols);
       if (lane == 0) s.factors[token] = factors;
     }
-    ptx::named_barrier<kMakerBarrier>(C::kMakerWarps * kWarpSize);  // all factors are known
+    ptx::barrier_sync(kMakerBarrier, C::kMakerWarps * kWarpSize);  // all factors are known
   }
 
   // This lane's 4 bytes of row `token`, swizzled.

@@ -36,12 +36,6 @@ __device__ __forceinline__ void fence_proxy_async() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
-// __syncthreads for `threads` threads of the CTA, whole warps that name the same barrier.
-template <int kBarrier>
-__device__ __forceinline__ void named_barrier(int threads) {
-  asm volatile("bar.sync %0, %1;" ::"n"(kBarrier), "r"(threads) : "memory");
-}
-
 // Waits until the phase of this parity has completed.
 __device__ __forceinline__ void mbarrier_wait(uint64_t* barrier, uint32_t parity) {
   asm volatile(

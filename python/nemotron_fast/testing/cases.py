@@ -170,13 +170,18 @@ ATTENTION_BENCH = (
     *(AttentionCase(S, length, fp8_kv=fp8) for fp8, S, length in product((False, True), (1, 8, 64), (1024, 8192))),
     AttentionCase(1, 131072),
     AttentionCase(1, 8192, K=4),
-    AttentionCase(1, 4096, new=4096),
 )
-ATTENTION_BENCH_CPU = (
-    AttentionCase(2, 300, H=8, K=1),
-    AttentionCase(1, 200, H=8, K=2, fp8_kv=True),
-    AttentionCase(1, 128, 128, 8, 1),
+ATTENTION_BENCH_CPU = (AttentionCase(2, 300, H=8, K=1), AttentionCase(1, 200, H=8, K=2, fp8_kv=True))
+PREFILL_BENCH = (
+    *(AttentionCase(1, n, n) for n in (512, 2048, 4096, 8192, 32768)),
+    *(AttentionCase(1, n, n, fp8_kv=True) for n in (2048, 8192)),
+    *(AttentionCase(1, 8192, 2048, fp8_kv=fp8) for fp8 in (False, True)),
+    AttentionCase(1, 32768, 256),
+    AttentionCase(16, 512, 512),
+    AttentionCase(1, 8192, 8192, H=128),
+    AttentionCase(1, 8192, 8192, H=32, D=64),
 )
+PREFILL_BENCH_CPU = (AttentionCase(1, 128, 128, 8, 1), AttentionCase(2, 100, 40, 8, 2))
 
 
 @dataclass(frozen=True)
