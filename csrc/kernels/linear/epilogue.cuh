@@ -9,11 +9,7 @@
 namespace nf {
 namespace {
 
-constexpr int kWarpgroupThreads = 128;
 constexpr int kStripRows = 16;  // of a warp: a multiple of 16 rows is all inside the weight or all outside
-
-template <class C>
-using Accumulators = float[C::kPasses][C::kRegs];
 
 // Rows r and r + 1, in that order, of one token.
 struct RowPair {
@@ -72,10 +68,19 @@ __device__ __forceinline__ void store_pairs(const PackedLinearParams& p, const R
   }
 }
 
-// Scales and stores the 16 rows from `strip` on.
-template <class C>
-__device__ __forceinline__ void finish(const Accumulators<C>& r_acc, const PackedLinearParams& p, int strip,
-                                       int lane) {
+__device__ __forceinline__ float row_scale(const PackedLinearParams& p, int packed_row) {
+  if (!p.weight_scale) return 1.0f;
+  if (!p.weight_scale_per_row) return *p.weight_scale;
+  return p.weight_scale[p.epilogue == Epilogue::kSwiglu ? gate_up_row(packed_row, p.num_rows) : packed_row];
+}
+__device__ __forceinline__ float token_scale(const PackedLinearParams& p, int token) {
+  return p.x_scale ? p.x_scale[p.x_scale_per_token ? token : 0] : 1.0f;
+}
+
+// Scales and stores the 16 rows from `strip` on of the 2 * kRegs tokens from `first_token` on.
+template <int kRegs>
+__device__ __forceinline__ void finish(const float (&r_acc)[kRegs], const PackedLinearParams& p, int strip,
+                                       int first_token, int lane) {
   if (strip >= p.num_rows) return;
   const bool odd_row = lane / 4 % 2 != 0;
   const int row = strip + lane / 8 * 2;
@@ -83,20 +88,16 @@ __device__ __forceinline__ void finish(const Accumulators<C>& r_acc, const Packe
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int packed_row = row + 8 * h + i;
-      const int64_t from = p.epilogue == Epilogue::kSwiglu ? gate_up_row(packed_row, p.num_rows) : packed_row;
-      weight_scale[h][i] = p.weight_scale ? p.weight_scale[p.weight_scale_per_row ? from : 0] : 1.0f;
-    }
+    for (int i = 0; i < 2; ++i) weight_scale[h][i] = row_scale(p, row + 8 * h + i);
   }
 #pragma unroll
-  for (int i = 0; i < C::kTokens / 8; ++i) {
+  for (int i = 0; i < kRegs / 4; ++i) {
     asm volatile("" ::: "memory");  // eight tokens at a time: all addresses at once need too many registers
-    const float* r = &r_acc[i / (C::kRegs / 4)][i % (C::kRegs / 4) * 4];
+    const float* r = &r_acc[i * 4];
     RowPair y[2] = {exchange(r[0], r[1], odd_row), exchange(r[2], r[3], odd_row)};
-    const int token = i * 8 + lane % 4 * 2 + odd_row;
+    const int token = first_token + i * 8 + lane % 4 * 2 + odd_row;
     if (token >= p.num_tokens) continue;
-    const float x_scale = p.x_scale ? p.x_scale[p.x_scale_per_token ? token : 0] : 1.0f;
+    const float x_scale = token_scale(p, token);
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
 #pragma unroll

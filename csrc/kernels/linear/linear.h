@@ -41,7 +41,7 @@ struct PackedLinearParams {
   const float* weight_scale;  // [N] if weight_scale_per_row, else [1]; rows in the order before packing
   const float* out_scale;     // [1], for kFp8
   void* workspace;  // linear_workspace_bytes(T, SMs), all bits set at first; one launch at a time may use it
-  int num_tokens;   // T, 0..256
+  int num_tokens;   // T
   int num_rows;     // N
   int num_cols;     // K
   int64_t out_stride;  // elements between rows, even
@@ -49,9 +49,15 @@ struct PackedLinearParams {
   bool x_scale_per_token, weight_scale_per_row;
   OutType out_type;
   Epilogue epilogue;
-  LinearSchedule schedule;  // make_linear_schedule of N, K, the element size and the GPU
+  int num_sms;  // of the GPU
 };
 template <class Element>
 void packed_linear(const PackedLinearParams& p, cudaStream_t stream);
+
+// The two kernels behind it; they trust p.
+template <class Element>
+void packed_linear_of_few(const PackedLinearParams& p, cudaStream_t stream);  // T <= kMaxDecodeTokens
+template <class Element>
+void gemm(const PackedLinearParams& p, cudaStream_t stream);
 
 }  // namespace nf

@@ -3,7 +3,7 @@
 // (linear_schedule.h says which k tiles each takes); a producer thread streams 16 KB of packed weight and the
 // same k tile of the activations into a ring, two warpgroups multiply 64 rows each. Bandwidth bound: reads N
 // * K weight elements once, T * K activations from L2 per block. Measured on an H200: 4.4 TB/s of 4.54 for 1
-// to 8 tokens, 3.9 for 64, 1.8 for 256.
+// to 8 tokens, 3.9 for 64.
 //
 // The weights depend on no kernel, so the ring is filled before wait_for_predecessor(): HBM works while the
 // predecessor ends.
@@ -17,6 +17,7 @@
 #include "kernels/common/launch.h"
 #include "kernels/linear/epilogue.cuh"
 #include "kernels/linear/linear.h"
+#include "kernels/linear/stream_k.cuh"
 #include "kernels/ptx/bulk_copy.cuh"
 #include "kernels/ptx/tensor_map.h"
 #include "kernels/ptx/wgmma.cuh"
@@ -27,25 +28,19 @@ namespace {
 template <class Element_, int kTokens_>
 struct LinearConfig {
   using Element = Element_;
-  static constexpr int kTokens = kTokens_;  // padded, the rows of an activation tile
-  // Of one wgmma: more would leave no registers.
-  static constexpr int kMmaTokens = kTokens < 128 ? kTokens : 128;
-  static constexpr int kPasses = kTokens / kMmaTokens;
-  static constexpr int kRegs = kMmaTokens / 2;  // accumulators of a thread in a pass
+  static constexpr int kTokens = kTokens_;   // padded, the rows of an activation tile
+  static constexpr int kRegs = kTokens / 2;  // accumulators of a thread
   static constexpr int kTileElements = kTileRowBytes / int(sizeof(Element));
 
   // wgmma keeps only some 14 bits of an e4m3 sum: it is added to FP32 registers after every k tile.
   static constexpr bool kPromote = sizeof(Element) == 1;
 
-  // Two CTAs an SM (this kernel and its successor, which fills its ring meanwhile) where registers allow.
-  static constexpr int kMinCtas = kTokens <= 64 ? 2 : 1;
+  static constexpr int kCtas = 2;  // an SM: this kernel and its successor, which fills its ring meanwhile
   static constexpr int kStageBytes = kBlockTileBytes + kTokens * kTileRowBytes;
-  static constexpr int kStages = (kMinCtas == 2 ? 104 : 200) * 1024 / kStageBytes;
+  static constexpr int kStages = 104 * 1024 / kStageBytes;
 
   static constexpr int kConsumerWarps = 2 * kWarpgroupThreads / kWarpSize;
-  // One CTA an SM: a warpgroup of which one thread produces, and which leaves its registers to the others.
-  static constexpr bool kMoveRegisters = kMinCtas == 1;
-  static constexpr int kThreads = kMoveRegisters ? 3 * kWarpgroupThreads : (kConsumerWarps + 1) * kWarpSize;
+  static constexpr int kThreads = (kConsumerWarps + 1) * kWarpSize;
 };
 
 template <class C>
@@ -69,19 +64,35 @@ struct RingPosition {
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
-// The producer: one thread fills the ring with the k tiles of `range`.
+// What a CTA multiplies: of each tile in its pair's range, its own block.
+struct Work {
+  const UnitRange range;
+  const int k_tiles;
+  const int which;  // of the pair
+  const int last_block;
+
+  // Where a lone last block has no partner, the partner reads it too, and stores nothing.
+  __device__ __forceinline__ int64_t packed_tile(int unit) const {
+    const int block = min(unit / k_tiles * kPairCtas + which, last_block);
+    return int64_t(block) * k_tiles + unit % k_tiles;
+  }
+};
+
+// The producer: one thread fills the ring.
 template <class C>
 struct Producer {
   LinearSmem<C>& s;
   const CUtensorMap& x_map;
   const PackedLinearParams& p;
-  const UnitRange range;
+  const Work work;
   const uint64_t policy = ptx::evict_first_policy();
 
-  __device__ __forceinline__ int num_first() const { return min(C::kStages, range.end - range.begin); }
+  __device__ __forceinline__ int num_first() const {
+    return min(C::kStages, work.range.end - work.range.begin);
+  }
 
   __device__ __forceinline__ void load_weight(int stage, int unit) {
-    const char* tile = static_cast<const char*>(p.packed) + int64_t(unit) * kBlockTileBytes;
+    const char* tile = static_cast<const char*>(p.packed) + work.packed_tile(unit) * kBlockTileBytes;
     ptx::mbarrier_arrive_expect(&s.full[stage], C::kStageBytes);
     ptx::bulk_load(s.stage[stage].weight, tile, kBlockTileBytes, &s.full[stage], policy);
   }
@@ -93,7 +104,7 @@ struct Producer {
       ptx::mbarrier_init(&s.empty[i], C::kConsumerWarps);
     }
     ptx::fence_mbarrier_init();
-    for (int i = 0; i < num_first(); ++i) load_weight(i, range.begin + i);
+    for (int i = 0; i < num_first(); ++i) load_weight(i, work.range.begin + i);
   }
 
   __device__ __forceinline__ void run() {
@@ -102,15 +113,14 @@ struct Producer {
     // tiles in L2 here made it slower.)
     let_successor_start();
     wait_for_predecessor();  // x is its result
-    const int k_tiles = p.schedule.k_tiles;
-    int k_tile = range.begin % k_tiles;
+    int k_tile = work.range.begin % work.k_tiles;
     const auto load_x = [&](int stage) {
       ptx::tensor_load(s.stage[stage].x, &x_map, k_tile * C::kTileElements, 0, &s.full[stage]);
-      if (++k_tile == k_tiles) k_tile = 0;
+      if (++k_tile == work.k_tiles) k_tile = 0;
     };
     for (int i = 0; i < num_first(); ++i) load_x(i);
     RingPosition<C> ring;
-    for (int unit = range.begin + C::kStages; unit < range.end; ++unit, ring.advance()) {
+    for (int unit = work.range.begin + C::kStages; unit < work.range.end; ++unit, ring.advance()) {
       ptx::mbarrier_wait(&s.empty[ring.stage], ring.parity);
       load_weight(ring.stage, unit);
       load_x(ring.stage);
@@ -120,163 +130,87 @@ struct Producer {
 
 // acc (+)= the products of the stage at `ring`.
 template <class C>
-__device__ __forceinline__ void multiply_stage(Accumulators<C>& r_acc, LinearSmem<C>& s,
+__device__ __forceinline__ void multiply_stage(float (&r_acc)[C::kRegs], LinearSmem<C>& s,
                                                const RingPosition<C>& ring, int warpgroup, bool accumulate) {
   constexpr typename C::Element kTag{};
   const auto& stage = s.stage[ring.stage];
-  const uint64_t weight = ptx::wgmma_descriptor(stage.weight[warpgroup]);
+  const uint64_t weight = ptx::wgmma_descriptor(stage.weight[warpgroup]), x = ptx::wgmma_descriptor(stage.x);
   ptx::mbarrier_wait(&s.full[ring.stage], ring.parity);
+  float r_tile[C::kRegs];
+  ptx::wgmma_fence();
 #pragma unroll
-  for (int pass = 0; pass < C::kPasses; ++pass) {
-    const uint64_t x = ptx::wgmma_descriptor(stage.x + pass * C::kMmaTokens * kTileRowBytes);
-    float r_tile[C::kRegs];
-    ptx::wgmma_fence();
-#pragma unroll
-    for (int k = 0; k < kTileRowBytes / ptx::kWgmmaStepBytes; ++k) {
-      if constexpr (C::kPromote)
-        ptx::wgmma(kTag, r_tile, ptx::wgmma_advance(weight, k), ptx::wgmma_advance(x, k), k > 0);
-      else
-        ptx::wgmma(kTag, r_acc[pass], ptx::wgmma_advance(weight, k), ptx::wgmma_advance(x, k),
-                   accumulate || k > 0);
-    }
-    ptx::wgmma_commit();
-    ptx::wgmma_wait();
-    if (pass == C::kPasses - 1) {  // this warp has read the stage
-      if (threadIdx.x % kWarpSize == 0) ptx::mbarrier_arrive(&s.empty[ring.stage]);
-    }
-    if constexpr (C::kPromote) {
-#pragma unroll
-      for (int i = 0; i < C::kRegs; ++i) {
-        r_acc[pass][i] = accumulate ? r_acc[pass][i] + r_tile[i] : r_tile[i];
-        asm volatile(
-            ""
-            : "+f"(r_acc[pass][i]));  // here, not between the next products, which would serialise them
-      }
-    }
+  for (int k = 0; k < kTileRowBytes / ptx::kWgmmaStepBytes; ++k) {
+    if constexpr (C::kPromote)
+      ptx::wgmma(kTag, r_tile, ptx::wgmma_advance(weight, k), ptx::wgmma_advance(x, k), k > 0);
+    else
+      ptx::wgmma(kTag, r_acc, ptx::wgmma_advance(weight, k), ptx::wgmma_advance(x, k), accumulate || k > 0);
   }
-}
-
-constexpr uint32_t kAbsent = 0xffffffffu;  // in the workspace: a NaN that no arithmetic makes
-
-// What thread `thread` of a warpgroup of CTA `cta` leaves for the same thread of the owner: word i is at [i *
-// kWarpgroupThreads].
-template <class C>
-__device__ __forceinline__ uint4* slot_of(void* workspace, int cta, int warpgroup, int thread) {
-  return static_cast<uint4*>(workspace) +
-         int64_t(cta * 2 + warpgroup) * (C::kTokens / 8) * kWarpgroupThreads + thread;
-}
-
-__device__ __forceinline__ void store_relaxed(uint4* to, uint4 v) {
-  asm volatile("st.relaxed.gpu.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(v.x), "r"(v.y), "r"(v.z),
-               "r"(v.w)
-               : "memory");
-}
-__device__ __forceinline__ uint4 load_relaxed(const uint4* from) {
-  uint4 v;
-  asm volatile("ld.relaxed.gpu.global.v4.b32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-               : "l"(from)
-               : "memory");
-  return v;
-}
-
-// No fence and no flag: that would be three trips to L2 at the end of every kernel, where nothing hides them.
-template <class C>
-__device__ __forceinline__ void publish(const Accumulators<C>& r_acc, uint4* slot) {
+  ptx::wgmma_commit();
+  ptx::wgmma_wait();
+  if (threadIdx.x % kWarpSize == 0)
+    ptx::mbarrier_arrive(&s.empty[ring.stage]);  // this warp has read the stage
+  if constexpr (C::kPromote) {
 #pragma unroll
-  for (int i = 0; i < C::kTokens / 8; ++i) {
-    const float* r = &r_acc[i / (C::kRegs / 4)][i % (C::kRegs / 4) * 4];
-    const auto bits = [](float v) {
-      return min(__float_as_uint(v), kAbsent - 1);
-    };  // kAbsent becomes another NaN
-    store_relaxed(slot + i * kWarpgroupThreads, {bits(r[0]), bits(r[1]), bits(r[2]), bits(r[3])});
-  }
-}
-
-// Adds the other pieces of the block that ends with unit block_end - 1, in the order of K. Their CTAs are the
-// next ones, and all CTAs of a launch are resident at once, so the wait ends. (After a launch that failed
-// half-way the workspace must be filled anew.)
-template <class C>
-__device__ __forceinline__ void collect(Accumulators<C>& r_acc, const PackedLinearParams& p, int block_end,
-                                        int warpgroup, int thread) {
-  constexpr int kBatch = C::kTokens < 64 ? C::kTokens / 8 : 8;  // loads in flight; registers allow no more
-#pragma unroll 1
-  for (int cta = blockIdx.x + 1; cta < p.schedule.num_slices && p.schedule.slice_begin(cta) < block_end;
-       ++cta) {
-    uint4* slot = slot_of<C>(p.workspace, cta, warpgroup, thread);
-#pragma unroll
-    for (int first = 0; first < C::kTokens / 8; first += kBatch) {
-      uint4 v[kBatch];
-      bool absent;
-      do {
-        absent = false;
-#pragma unroll
-        for (int i = 0; i < kBatch; ++i) v[i] = load_relaxed(slot + (first + i) * kWarpgroupThreads);
-#pragma unroll
-        for (int i = 0; i < kBatch; ++i)
-          absent |= v[i].x == kAbsent || v[i].y == kAbsent || v[i].z == kAbsent || v[i].w == kAbsent;
-      } while (absent);
-#pragma unroll
-      for (int i = 0; i < kBatch; ++i) {
-        store_relaxed(slot + (first + i) * kWarpgroupThreads,
-                      {kAbsent, kAbsent, kAbsent, kAbsent});  // for the next launch
-        float* r = &r_acc[(first + i) / (C::kRegs / 4)][(first + i) % (C::kRegs / 4) * 4];
-        r[0] += __uint_as_float(v[i].x), r[1] += __uint_as_float(v[i].y);
-        r[2] += __uint_as_float(v[i].z), r[3] += __uint_as_float(v[i].w);
-      }
+    for (int i = 0; i < C::kRegs; ++i) {
+      r_acc[i] = accumulate ? r_acc[i] + r_tile[i] : r_tile[i];
+      asm volatile("" : "+f"(r_acc[i]));  // here, not between the next products, which would serialise them
     }
   }
 }
 
 template <class C>
-__device__ __forceinline__ void consume(LinearSmem<C>& s, const PackedLinearParams& p, UnitRange range,
-                                        int warp) {
+__device__ __forceinline__ void consume(LinearSmem<C>& s, const PackedLinearParams& p,
+                                        const LinearSchedule& schedule, const Work& work, int warp) {
   const int warpgroup = warp / (kWarpgroupThreads / kWarpSize), thread = threadIdx.x % kWarpgroupThreads;
-  const int k_tiles = p.schedule.k_tiles;
+  const int k_tiles = work.k_tiles, slice = blockIdx.x / kPairCtas;
   RingPosition<C> ring;
-  Accumulators<C> r_acc;
-  int block = range.begin / k_tiles;
-  for (int unit = range.begin; unit < range.end; ++block) {
-    const int block_begin = block * k_tiles, block_end = block_begin + k_tiles;
-    const int piece_end = min(block_end, range.end);
-    const bool owner = unit == block_begin;
+  float r_acc[C::kRegs];
+  int tile = work.range.begin / k_tiles;
+  for (int unit = work.range.begin; unit < work.range.end; ++tile) {
+    const int tile_begin = tile * k_tiles, tile_end = tile_begin + k_tiles;
+    const int piece_end = min(tile_end, work.range.end);
+    const bool owner = unit == tile_begin;
     multiply_stage<C>(r_acc, s, ring, warpgroup, false);
     ring.advance();
 #pragma unroll 1
     for (++unit; unit < piece_end; ++unit, ring.advance()) multiply_stage<C>(r_acc, s, ring, warpgroup, true);
     if (!owner) {
-      publish<C>(r_acc, slot_of<C>(p.workspace, blockIdx.x, warpgroup, thread));
+      publish(r_acc, slot_of(p.workspace, blockIdx.x, warpgroup, C::kTokens, thread));
       continue;
     }
-    if (piece_end < block_end) collect<C>(r_acc, p, block_end, warpgroup, thread);
-    finish<C>(r_acc, p, block * kBlockRows + warp * kStripRows, thread % kWarpSize);
+    if (piece_end < tile_end)
+      for_later_pieces(schedule, slice, tile, work.which, [&](int cta) {
+        add_published(r_acc, slot_of(p.workspace, cta, warpgroup, C::kTokens, thread));
+      });
+    const int block = tile * kPairCtas + work.which;
+    finish(r_acc, p, block * kBlockRows + warp * kStripRows, 0, thread % kWarpSize);
   }
 }
 
 #endif
 
 template <class C>
-__global__ void __launch_bounds__(C::kThreads, C::kMinCtas)
+__global__ void __launch_bounds__(C::kThreads, C::kCtas)
     packed_linear_kernel(const __grid_constant__ CUtensorMap x_map,
-                         const __grid_constant__ PackedLinearParams p) {
+                         const __grid_constant__ PackedLinearParams p,
+                         const __grid_constant__ LinearSchedule schedule) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   extern __shared__ __align__(1024) uint8_t s_bytes[];
   auto& s = *reinterpret_cast<LinearSmem<C>*>(s_bytes);
   const int warp =
       __shfl_sync(kFullWarp, threadIdx.x / kWarpSize, 0);  // uniform, which wgmma wants to be seen
-  const UnitRange range = p.schedule.slice(blockIdx.x);
+  const Work work{schedule.slice(blockIdx.x / kPairCtas), schedule.k_tiles, int(blockIdx.x) % kPairCtas,
+                  (p.num_rows - 1) / kBlockRows};
   const bool is_producer = threadIdx.x == C::kConsumerWarps * kWarpSize;
-  Producer<C> producer{s, x_map, p, range};
+  Producer<C> producer{s, x_map, p, work};
   if (is_producer) producer.fill_ring();
   __syncthreads();  // the barriers of the ring exist
 
   if (warp < C::kConsumerWarps) {
-    if constexpr (C::kMoveRegisters) ptx::take_registers<232>();
     wait_for_predecessor();
-    consume<C>(s, p, range, warp);
-  } else {
-    if constexpr (C::kMoveRegisters) ptx::leave_registers<40>();
-    if (is_producer) producer.run();
+    consume<C>(s, p, schedule, work, warp);
+  } else if (is_producer) {
+    producer.run();
   }
 #else
   __trap();
@@ -284,38 +218,24 @@ __global__ void __launch_bounds__(C::kThreads, C::kMinCtas)
 }
 
 template <class C>
-void launch_linear(const PackedLinearParams& p, cudaStream_t stream) {
-  static_assert(sizeof(LinearSmem<C>) <= (C::kMinCtas == 2 ? 113 : 227) * 1024);
+void launch_packed_linear(const PackedLinearParams& p, cudaStream_t stream) {
+  static_assert(sizeof(LinearSmem<C>) <= 113 * 1024);
   NF_CHECK(can_overlap<packed_linear_kernel<C>>(), "a GPU or a build without sm_90a");
   constexpr int kElementBytes = int(sizeof(typename C::Element));
   const CUtensorMap x_map = ptx::swizzled_rows_map(p.x, p.num_tokens, int64_t(p.num_cols) * kElementBytes,
                                                    p.x_stride * kElementBytes, C::kTokens, kElementBytes);
-  launch<packed_linear_kernel<C>>({.ctas = dim3(p.schedule.num_slices),
+  const LinearSchedule schedule =
+      make_linear_schedule(p.num_rows, p.num_cols, kElementBytes, p.num_tokens, p.num_sms / kPairCtas);
+  launch<packed_linear_kernel<C>>({.ctas = dim3(unsigned(schedule.num_slices * kPairCtas)),
                                    .threads = C::kThreads,
                                    .smem_bytes = int(sizeof(LinearSmem<C>))},
-                                  stream, x_map, p);
+                                  stream, x_map, p, schedule);
 }
 
 template <class Element>
-void check_and_launch(const PackedLinearParams& p, cudaStream_t stream) {
-  const PackedShape shape = packed_shape(p.num_rows, p.num_cols, sizeof(Element));
-  const auto aligned = [](const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; };
-  NF_CHECK(p.num_tokens >= 0 && p.num_tokens <= 256, "T=" + std::to_string(p.num_tokens));
-  NF_CHECK(aligned(p.x) && aligned(p.packed) && aligned(p.workspace), "an address that is no multiple of 16");
-  NF_CHECK(p.x_stride * int64_t(sizeof(Element)) % 16 == 0, "x_stride=" + std::to_string(p.x_stride));
-  NF_CHECK(p.schedule.k_tiles == shape.k_tiles(), std::to_string(p.schedule.k_tiles));
-  NF_CHECK(p.schedule.num_units == shape.num_blocks() * shape.k_tiles(),
-           std::to_string(p.schedule.num_units));
-  NF_CHECK(p.out_stride % 2 == 0 && reinterpret_cast<uintptr_t>(p.out) % 8 == 0,
-           "out_stride=" + std::to_string(p.out_stride));
-  NF_CHECK(p.epilogue != Epilogue::kAdd || p.out_type == OutType::kBfloat16, "another type");
-  NF_CHECK(p.epilogue != Epilogue::kSwiglu || (p.out_type != OutType::kFloat && p.num_rows % 32 == 0),
-           "another type or N");
-  NF_CHECK((p.out_type == OutType::kFp8) == (p.out_scale != nullptr), "another type");
-  NF_CHECK(p.out_type != OutType::kFp8 || p.epilogue == Epilogue::kSwiglu, "another epilogue");
-  if (p.num_tokens == 0) return;
-  dispatch<8, 16, 32, 64, 128, 256>("tokens", padded_tokens(p.num_tokens), [&](auto tokens) {
-    launch_linear<LinearConfig<Element, tokens>>(p, stream);
+void launch_for_few_tokens(const PackedLinearParams& p, cudaStream_t stream) {
+  dispatch<8, 16, 32, 64>("tokens", padded_tokens(p.num_tokens), [&](auto tokens) {
+    launch_packed_linear<LinearConfig<Element, tokens>>(p, stream);
   });
 }
 
