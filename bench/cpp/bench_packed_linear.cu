@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Times packed_linear without torch: every linear of Super-49B alone (launches chained over memory far beyond
 // L2), and all of them in the order of one decode step, each weight in its own memory. CUDA graphs, median of
-// replays, random bits. The TFLOP/s count 2 T N K operations.
+// replays, random data. The TFLOP/s count 2 T N K operations.
 //   bench_packed_linear [T...]        default: 1 8 64 128 256 2048 8192
 #include <algorithm>
 #include <cstdio>
@@ -48,13 +48,17 @@ std::vector<Linear> decode_step() {
   return step;
 }
 
-// Random bits, without the NaNs and infinities of either type: bit 6 of each byte is 0.
-__global__ void fill(uint32_t* words, size_t size) {
+// Normal values, as e4m3: the sum of four uniforms, variance 1. Other data changes the GPU's power and so its
+// clock. Read as bf16 they are normal numbers too.
+__global__ void fill(__nv_fp8_e4m3* values, size_t size) {
   for (size_t i = blockIdx.x * size_t(blockDim.x) + threadIdx.x; i < size;
        i += size_t(gridDim.x) * blockDim.x) {
     uint64_t v = (i + 1) * 0x9E3779B97F4A7C15ull;
     v = (v ^ v >> 30) * 0xBF58476D1CE4E5B9ull;
-    words[i] = uint32_t(v ^ v >> 31) & 0xbfbfbfbfu;
+    v ^= v >> 31;
+    float sum = -2.0f;
+    for (int j = 0; j < 4; ++j) sum += float(v >> (16 * j) & 0xffff) * 0x1p-16f;
+    values[i] = __nv_fp8_e4m3(sum * 1.7320508f);
   }
 }
 
@@ -178,12 +182,12 @@ int main(int argc, char** argv) {
     NF_CUDA(cudaMalloc(&b.weights, b.weight_bytes));
     NF_CUDA(cudaMalloc(&b.x, kMaxTokens * 28672));
     NF_CUDA(cudaMalloc(&b.out, int64_t(kMaxTokens) * 57344 * 2));
-    const int64_t workspace_bytes = nf::linear_workspace_bytes(256, b.num_sms);
+    const int64_t workspace_bytes = nf::linear_workspace_bytes(b.num_sms);
     NF_CUDA(cudaMalloc(&b.workspace, workspace_bytes));
     NF_CUDA(cudaMemset(b.workspace, 0xff, workspace_bytes));
     NF_CUDA(cudaStreamCreateWithFlags(&b.stream, cudaStreamNonBlocking));
-    fill<<<4096, 256, 0, b.stream>>>(reinterpret_cast<uint32_t*>(b.weights), b.weight_bytes / 4);
-    fill<<<4096, 256, 0, b.stream>>>(reinterpret_cast<uint32_t*>(b.x), kMaxTokens * 28672 / 4);
+    fill<<<4096, 256, 0, b.stream>>>(reinterpret_cast<Fp8*>(b.weights), b.weight_bytes);
+    fill<<<4096, 256, 0, b.stream>>>(reinterpret_cast<Fp8*>(b.x), kMaxTokens * 28672);
     NF_CUDA(cudaStreamSynchronize(b.stream));
     const double us = b.time_us(
         [&] {
@@ -194,9 +198,11 @@ int main(int argc, char** argv) {
     std::printf("%s; reads of 16 bytes: %.3f TB/s\n", gpu.name, b.weight_bytes / us / 1e6);
     for (int t : tokens) {
       b.step(t);
-      for (const Linear& l : {kQkv, kO, gate_up(2816), down(2816), down(5632), gate_up(7168), down(7168),
-                              gate_up(28672), down(28672), kHead})
-        b.shape(l, t);
+      std::vector<Linear> linears = {kQkv, kO};
+      for (const Width& w : kWidths) linears.insert(linears.end(), {gate_up(w.width), down(w.width)});
+      if (t <= kMaxLogitRows) linears.push_back(kHead);
+      linears.push_back({"qkv bf16", kQkv.num_rows, kQkv.num_cols, 2});
+      for (const Linear& l : linears) b.shape(l, t);
     }
   } catch (const std::exception& e) {
     std::fprintf(stderr, "%s\n", e.what());

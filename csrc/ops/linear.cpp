@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "kernels/linear/linear.h"
 
+#include <climits>
+
 #include "kernels/common/check.h"
 #include "ops/register.h"
 #include "ops/tensor_checks.h"
@@ -91,13 +93,12 @@ void run(Epilogue epilogue, const Tensor& out, const Tensor& x, const Tensor& pa
   check_device(packed, x, "packed");
   check_dtype(packed, x.scalar_type(), "packed");
   check_packed(packed, N, K);
-  if (T > 256) reject("x", "dim 0 is " + std::to_string(T) + ", want at most 256");
+  if (T > INT_MAX) reject("x", "dim 0 is " + std::to_string(T) + ", want at most " + std::to_string(INT_MAX));
   const int sms = num_sms(x);
-  const int64_t workspace_bytes = linear_workspace_bytes(int(T), sms);
+  const int64_t workspace_bytes = linear_workspace_bytes(sms);
   check_device(workspace, x, "workspace");
   if (workspace.numel() * int64_t(workspace.element_size()) < workspace_bytes)
-    reject("workspace",
-           "is too small, want " + std::to_string(workspace_bytes) + " bytes for T=" + std::to_string(T));
+    reject("workspace", "is too small, want " + std::to_string(workspace_bytes) + " bytes");
 
   const DeviceGuard guard(x.get_device_index());
   const PackedLinearParams params{
@@ -117,7 +118,7 @@ void run(Epilogue epilogue, const Tensor& out, const Tensor& x, const Tensor& pa
       .weight_scale_per_row = weight_scale && weight_scale->numel() > 1,
       .out_type = out_type_of(out),
       .epilogue = epilogue,
-      .schedule = make_linear_schedule(N, K, int(x.element_size()), sms),
+      .num_sms = sms,
   };
   const cudaStream_t stream = current_stream(x);
   dispatch_element(x, "x", [&](auto element) { nf::packed_linear<decltype(element)>(params, stream); });

@@ -11,7 +11,7 @@ from nemotron_fast.batch import Batch
 from nemotron_fast.config import ModelConfig
 from nemotron_fast.kv_cache import KVCache
 from nemotron_fast.packed_weights import PackedWeight
-from nemotron_fast.packing import MAX_TOKENS, make_workspace
+from nemotron_fast.packing import make_workspace
 from nemotron_fast.rope import rope_table
 from nemotron_fast.weights import AttentionWeights, LinearBlockWeights, LinearWeight, MLPWeights, ModelWeights
 
@@ -76,23 +76,16 @@ class Model:
         scales = {"x_scale": x_scale, "weight_scale": linear.weight_scale}
         if isinstance(linear, LinearWeight):
             return ops.linear(x_TK, linear.weight, out_dtype=out_dtype, **scales)
-        out_TN = x_TK.new_empty(len(x_TK), linear.num_rows, dtype=out_dtype)
-        for rows in _slices(len(x_TK)):
-            scales["x_scale"] = _of_rows(x_scale, rows)
-            ops.packed_linear(x_TK[rows], linear.packed, linear.num_rows, self._workspace, out=out_TN[rows], **scales)
-        return out_TN
+        return ops.packed_linear(x_TK, linear.packed, linear.num_rows, self._workspace, out_dtype=out_dtype, **scales)
 
     def _swiglu(self, x_TE: Tensor, gate_up: LinearWeight | PackedWeight) -> Tensor:
         """silu(gate) * up, [T, F], in x's type."""
         if isinstance(gate_up, LinearWeight):
             return ops.silu_mul(self._linear(x_TE, gate_up))
-        width = gate_up.num_rows // 2
-        out_TF = torch.empty(len(x_TE), width, dtype=x_TE.dtype, device=x_TE.device)
+        out_TF = x_TE.new_empty(len(x_TE), gate_up.num_rows // 2)
         x_TE, x_scale = _quantize(x_TE, gate_up)
-        for rows in _slices(len(x_TE)):
-            scales = {"x_scale": _of_rows(x_scale, rows), "weight_scale": gate_up.weight_scale}
-            ops.packed_swiglu(x_TE[rows], gate_up.packed, width, self._workspace, out=out_TF[rows], **scales)
-        return out_TF
+        scales = {"x_scale": x_scale, "weight_scale": gate_up.weight_scale}
+        return ops.packed_swiglu(x_TE, gate_up.packed, out_TF.shape[1], self._workspace, out=out_TF, **scales)
 
 
 def _norm(delta_TE: Tensor | None, residual_TE: Tensor, weight_E: Tensor, eps: float) -> Tensor:
@@ -108,13 +101,3 @@ def _quantize(x_TK: Tensor, linear: LinearWeight | PackedWeight) -> tuple[Tensor
     if linear.input_scale is not None:
         return ops.quantize_fp8(x_TK, linear.input_scale), linear.input_scale
     return ops.quantize_fp8_per_token(x_TK)
-
-
-def _slices(num_tokens: int) -> list[slice]:
-    """Tokens in the portions that one launch of a packed linear takes."""
-    return [slice(t, min(t + MAX_TOKENS, num_tokens)) for t in range(0, num_tokens, MAX_TOKENS)]
-
-
-def _of_rows(x_scale: Tensor | None, rows: slice) -> Tensor | None:
-    """A per-token scale's share of the rows; a static one serves all."""
-    return x_scale if x_scale is None or x_scale.numel() == 1 else x_scale[rows]

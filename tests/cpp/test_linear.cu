@@ -20,12 +20,12 @@ const Case kSmall[] = {{16, 16}, {48, 80}, {576, 576}, {1536, 576}, {352, 704}, 
 const Case kLarge[] = {{576, 1536},   {704, 352},    {10240, 8192}, {8192, 8192}, {5632, 8192},
                        {57344, 8192}, {8192, 28672}, {8192, 2816},  {8192, 5632}, {8192, 17920}};
 const Case kTiny[] = {{48, 80}, {144, 1536}, {352, 704}};
-// Up to 256 tokens, a row's bits do not depend on the others.
+// A row's bits depend on the others only in whether they are more than kMaxFewTokens.
 const int kTokens[] = {1,   2,   7,   8,   9,   16,  17,  33,  64,   65,  100,
                        128, 129, 200, 256, 257, 300, 384, 385, 1100, 2100};
-const int kTokensOfLarge[] = {1, 9, 64, 100, 256, 300, 2100}, kTokensOfTiny[] = {9, 64, 100, 200, 300, 600};
+const int kTokensOfLarge[] = {1, 9, 64, 100, 256, 600}, kTokensOfTiny[] = {9, 64, 100, 200, 300, 600};
 enum Size { kEverything, kSmallCases, kTinyCases } size = kEverything;
-constexpr int kInvariantTokens = 256, kMaxTokens = 2100;
+constexpr int kMaxTokens = 2100;
 constexpr int kPadding = 16;  // between rows of the output
 
 template <class T>
@@ -111,7 +111,7 @@ struct Problem {
         weight(size_t(c.num_rows) * c.num_cols),
         x(size_t(kMaxTokens) * c.num_cols),
         packed(shape.packed_bytes()),
-        workspace(nf::linear_workspace_bytes(kInvariantTokens, num_sms())),
+        workspace(nf::linear_workspace_bytes(num_sms())),
         x_scale(kMaxTokens),
         weight_scale(c.num_rows) {
     NF_CUDA(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
@@ -276,11 +276,10 @@ void check_tokens(Problem<T>& p, int num_tokens, const std::vector<float>& all, 
   const std::string what = name(c, num_tokens, sizeof(T));
   const double error = relative_error(p, out, num_tokens);
   worst = std::max(worst, error);
-  check(error < (sizeof(T) == 1 ? 2e-3 : 1e-4), "error " + std::to_string(error) + ", " + what);
+  check(error < (sizeof(T) == 1 ? 4e-3 : 1e-4), "error " + std::to_string(error) + ", " + what);
   check(std::memcmp(out.data(), again.data(), out.size() * 4) == 0, "two runs differ, " + what);
-  if (num_tokens <= kInvariantTokens)
-    check(std::memcmp(out.data(), all.data(), out.size() * 4) == 0,
-          "differs from the same rows of T=256, " + what);
+  check(std::memcmp(out.data(), all.data(), out.size() * 4) == 0,
+        "differs from the same rows of more, " + what);
   for (int64_t t = 0; t < num_tokens; ++t)
     for (int64_t n = 0; n < stride; ++n)
       check(std::isnan(out[t * stride + n]) == (n >= c.num_rows), "poison, " + what);
@@ -297,25 +296,22 @@ template <class T>
 void check_case(const Case& c, bool small) {
   Problem<T> p(c);
   if (small) check_packing(p);
-  const std::vector<float> all = p.template run<float>(kInvariantTokens);
+  const auto tokens = [&] {
+    if (size == kTinyCases) return std::vector<int>(std::begin(kTokensOfTiny), std::end(kTokensOfTiny));
+    if (small) return std::vector<int>(std::begin(kTokens), std::end(kTokens));
+    return std::vector<int>(std::begin(kTokensOfLarge), std::end(kTokensOfLarge));
+  }();
+  const std::vector<float> few = p.template run<float>(nf::kMaxFewTokens),
+                           many = p.template run<float>(tokens.back());
   double worst = 0;
-  const auto check_all = [&](const auto& tokens) {
-    for (int t : tokens)
-      if (int64_t(t) * c.num_rows < 25'000'000) check_tokens(p, t, all, worst);
-  };
-  if (size == kTinyCases)
-    check_all(kTokensOfTiny);
-  else if (small)
-    check_all(kTokens);
-  else
-    check_all(kTokensOfLarge);
+  for (int t : tokens) check_tokens(p, t, t <= nf::kMaxFewTokens ? few : many, worst);
   if (small) {
-    for (int num_tokens : {33, 200, 300}) check_epilogues(p, num_tokens);
+    for (int t : {33, 200, 300}) check_epilogues(p, t);
   }
   const auto workspace = p.workspace.read();
   check(workspace == std::vector<uint8_t>(workspace.size(), 0xff),
         "the workspace is not as it was, " + name(c, 0, sizeof(T)));
-  std::printf("%-32s worst error %.2e\n", name(c, 0, sizeof(T)).c_str(), worst);
+  std::printf("%-32s worst error %.2e\n", name(c, tokens.back(), sizeof(T)).c_str(), worst);
 }
 
 void check_rejects() {

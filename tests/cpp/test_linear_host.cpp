@@ -4,10 +4,10 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
-#include <cstdint>
 #include <random>
 #include <vector>
 
+#include "host/gemm_schedule.h"
 #include "host/linear_schedule.h"
 #include "host/weight_layout.h"
 #include "testing.h"
@@ -68,112 +68,79 @@ void test_fragment_covers_the_tile() {
   }
 }
 
-// What the kernels do, CTA by CTA and thread by thread, in double.
-class Emulation {
- public:
-  Emulation(const std::vector<double>& packed, const std::vector<double>& x, int rows, int cols, int tokens,
-            int workers)
-      : packed_(packed),
-        x_(x),
-        shape_(nf::packed_shape(rows, cols, 1)),
-        cols_(cols),
-        tokens_(tokens),
-        workers_(workers),
-        schedule_(nf::make_linear_schedule(rows, cols, 1, tokens, workers)),
-        slots_(size_t(workers) * 2),
-        out_(size_t(tokens) * rows, NAN) {}
-
-  std::vector<double> run() {
-    for (bool owners : {false, true})  // those who publish wait for no one
-      for (int cta = 0; cta < 2 * workers_; ++cta) run_cta(cta, owners);
-    for (const auto& slot : slots_) EXPECT_EQ(slot.empty(), true);
-    return out_;
-  }
-
- private:
-  void run_cta(int cta, bool owners) {
-    nf::Pieces pieces(schedule_, cta / 2, workers_);
-    bool first = true;
-    for (nf::Piece piece; pieces.next(piece); first = false) {
-      EXPECT_EQ(piece.k_begin < piece.k_end && piece.k_end <= schedule_.k_tiles, true);
-      const bool owner = piece.k_begin == 0;
-      if (owner != owners) continue;
-      const nf::Tile tile = schedule_.tile(piece.tile);
-      const int block = tile.pair * 2 + cta % 2;
-      if (block >= shape_.num_blocks()) continue;
-      auto sum = multiply(piece, tile, block);
-      if (!owner) {
-        EXPECT_EQ(first, true);  // one slot is enough
-        EXPECT_EQ(slots_[cta].empty(), true);
-        slots_[cta] = sum;
-        continue;
-      }
-      const int tile_end = (piece.tile + 1) * schedule_.k_tiles;
-      if (piece.k_end < schedule_.k_tiles)
-        for (int i = cta / 2 + 1; i < schedule_.num_slices && schedule_.slice_begin(i) < tile_end; ++i) {
-          auto& slot = slots_[i * 2 + cta % 2];
-          EXPECT_EQ(slot.size(), sum.size());
-          for (size_t j = 0; j < sum.size(); ++j) sum[j] += slot[j];
-          slot.clear();  // read once
-        }
-      store(sum, tile, block);
-    }
-  }
-
-  int tokens_of(const nf::Tile& tile) const {
-    return std::min(tokens_ - tile.column * nf::kColumnTokens, nf::kColumnTokens);
-  }
-
-  std::vector<double> multiply(const nf::Piece& piece, const nf::Tile& tile, int block) const {
-    const int tokens = tokens_of(tile);
+// What the kernel does, CTA by CTA and thread by thread, in double.
+std::vector<double> emulate(const std::vector<double>& packed, const std::vector<double>& x, int rows,
+                            int cols, int tokens, const LinearSchedule& schedule) {
+  const PackedShape shape = nf::packed_shape(rows, cols, 1);
+  std::vector<double> out(size_t(tokens) * rows, NAN);
+  std::vector<std::vector<double>> slots(schedule.num_slices);
+  const auto run_piece = [&](int begin, int end) {
     std::vector<double> sum(size_t(nf::kBlockRows) * tokens);
-    for (int k_tile = piece.k_begin; k_tile < piece.k_end; ++k_tile) {
-      const double* from = &packed_[shape_.tile_offset(block, k_tile)];
+    for (int unit = begin; unit < end; ++unit) {
+      const double* tile = &packed[int64_t(unit) * nf::kBlockTileBytes];
+      const int k_tile = unit % schedule.k_tiles;
       for (int row = 0; row < nf::kBlockRows; ++row)
         for (int position = 0; position < 8; ++position)
           for (int byte = 0; byte < 16; ++byte) {
             const int k = k_tile * 128 + (position ^ row % 8) * 16 + byte;
-            for (int t = 0; t < tokens && k < cols_; ++t)  // beyond K the copy engine writes zeros
-              sum[row * tokens + t] += from[row * 128 + position * 16 + byte] *
-                                       x_[size_t(tile.column * nf::kColumnTokens + t) * cols_ + k];
+            for (int t = 0; t < tokens && k < cols; ++t)  // beyond K the copy engine writes zeros
+              sum[row * tokens + t] += tile[row * 128 + position * 16 + byte] * x[size_t(t) * cols + k];
           }
     }
     return sum;
-  }
-
-  void store(const std::vector<double>& sum, const nf::Tile& tile, int block) {
-    const int tokens = tokens_of(tile);
-    for (int row = 0; row < nf::kBlockRows && block * nf::kBlockRows + row < shape_.num_rows; ++row)
-      for (int t = 0; t < tokens; ++t) {
-        double& to = out_[size_t(tile.column * nf::kColumnTokens + t) * shape_.num_rows +
-                          block * nf::kBlockRows + row];
-        EXPECT_EQ(std::isnan(to), true);  // stored once
-        to = sum[row * tokens + t];
+  };
+  for (int pass = 0; pass < 2; ++pass)  // the first fills the slots, the second owns
+    for (int cta = 0; cta < schedule.num_slices; ++cta) {
+      const auto [begin, end] = schedule.slice(cta);
+      for (int unit = begin; unit < end;) {
+        const int block = unit / schedule.k_tiles, block_end = (block + 1) * schedule.k_tiles;
+        const int piece_end = std::min(block_end, end);
+        const bool owner = unit == block * schedule.k_tiles;
+        if (owner != (pass == 1)) {
+          unit = piece_end;
+          continue;
+        }
+        auto sum = run_piece(unit, piece_end);
+        if (!owner) {
+          EXPECT_EQ(unit, begin);  // always the first piece: one slot is enough
+          EXPECT_EQ(slots[cta].empty(), true);
+          slots[cta] = sum;
+        } else {
+          if (piece_end < block_end)
+            for (int other = cta + 1; other < schedule.num_slices && schedule.slice_begin(other) < block_end;
+                 ++other) {
+              EXPECT_EQ(slots[other].empty(), false);
+              for (size_t i = 0; i < sum.size(); ++i) sum[i] += slots[other][i];
+              slots[other].clear();  // read once
+            }
+          for (int row = 0; row < nf::kBlockRows && block * nf::kBlockRows + row < rows; ++row)
+            for (int t = 0; t < tokens; ++t) {
+              double& to = out[size_t(t) * rows + block * nf::kBlockRows + row];
+              EXPECT_EQ(std::isnan(to), true);  // stored once
+              to = sum[row * tokens + t];
+            }
+        }
+        unit = piece_end;
       }
-  }
-
-  const std::vector<double>&packed_, &x_;
-  const PackedShape shape_;
-  const int cols_, tokens_, workers_;
-  const LinearSchedule schedule_;
-  std::vector<std::vector<double>> slots_;
-  std::vector<double> out_;
-};
+    }
+  for (const auto& slot : slots) EXPECT_EQ(slot.empty(), true);
+  EXPECT_EQ(shape.num_blocks() * shape.k_tiles(), schedule.num_units);
+  return out;
+}
 
 void test_emulated_products() {
   std::mt19937 random(1);
   const auto pick = [&](int most) { return 16 * (1 + int(random() % (most / 16))); };
-  for (int i = 0; i < 48; ++i) {
-    const bool many = i % 4 == 0;
-    const int rows = pick(many ? 300 : 700), cols = pick(many ? 400 : 1800),
-              tokens = 1 + int(random() % (many ? 700 : 3)), workers = 1 + int(random() % (many ? 3 : 20));
+  for (int i = 0; i < 40; ++i) {
+    const int rows = pick(700), cols = pick(1800), tokens = 1 + int(random() % 3),
+              sms = 1 + int(random() % 40);
     const PackedShape shape = nf::packed_shape(rows, cols, 1);
     std::vector<double> weight(size_t(rows) * cols), x(size_t(tokens) * cols), packed(shape.packed_bytes());
     for (double& v : weight) v = int(random() % 17) - 8;
     for (double& v : x) v = int(random() % 17) - 8;
     for (int n = 0; n < rows; ++n)
       for (int k = 0; k < cols; ++k) packed[shape.offset(n, k)] = weight[size_t(n) * cols + k];
-    const auto out = Emulation(packed, x, rows, cols, tokens, workers).run();
+    const auto out = emulate(packed, x, rows, cols, tokens, nf::make_linear_schedule(rows, cols, 1, sms));
     for (int t = 0; t < tokens; ++t)
       for (int n = 0; n < rows; ++n) {
         double want = 0;
@@ -183,77 +150,65 @@ void test_emulated_products() {
   }
 }
 
-const std::array<int, 3> kShapes[] = {{10240, 8192, 1}, {8192, 28672, 1},  {57344, 8192, 1}, {5632, 8192, 1},
-                                      {8192, 2816, 1},  {128256, 8192, 2}, {640, 16, 2},     {16, 16, 2}};
-
-void test_every_tile_has_its_place() {
-  for (int tokens : {1, 200, 256, 257, 384, 385, 2048, 2100, 8192, 8200})
-    for (auto [rows, cols, element_bytes] : kShapes) {
-      const LinearSchedule s = nf::make_linear_schedule(rows, cols, element_bytes, tokens, 66);
-      const int columns = (tokens + 255) / 256;
-      EXPECT_EQ(s.num_tiles(), (rows + 255) / 256 * columns);
-      std::vector<bool> taken(s.num_tiles());
-      for (int i = 0; i < s.num_tiles(); ++i) {
-        const nf::Tile tile = s.tile(i);
-        EXPECT_EQ(tile.pair >= 0 && tile.pair < s.num_pairs && tile.column >= 0 && tile.column < columns,
-                  true);
-        EXPECT_EQ(taken[tile.pair * columns + tile.column], false);
-        taken[tile.pair * columns + tile.column] = true;
+void test_slices_are_equal_and_complete() {
+  for (int sms : {2, 108, 132})
+    for (auto [rows, cols, element_bytes] : {std::array{10240, 8192, 1},
+                                             {8192, 28672, 1},
+                                             {57344, 8192, 1},
+                                             {128256, 8192, 2},
+                                             {8192, 2816, 1},
+                                             {16, 16, 2}}) {
+      const LinearSchedule s = nf::make_linear_schedule(rows, cols, element_bytes, sms);
+      EXPECT_EQ(s.slice_begin(0), 0);
+      EXPECT_EQ(s.slice_begin(s.num_slices), s.num_units);
+      for (int i = 0; i < s.num_slices; ++i) {
+        const int units = s.slice(i).end - s.slice(i).begin;
+        EXPECT_EQ(units == s.num_units / s.num_slices || units == s.num_units / s.num_slices + 1, true);
       }
     }
-}
-
-void test_work_is_complete_and_equal() {
-  for (int workers : {1, 54, 66})
-    for (int tokens : {1, 64, 256, 300, 2048, 2100, 8192})
-      for (auto [rows, cols, element_bytes] : kShapes) {
-        const LinearSchedule s = nf::make_linear_schedule(rows, cols, element_bytes, tokens, workers);
-        int64_t least = INT64_MAX, most = 0, total = 0;
-        for (int worker = 0; worker < workers; ++worker) {
-          nf::Pieces pieces(s, worker, workers);
-          int64_t cost = 0;
-          for (nf::Piece piece; pieces.next(piece);) {
-            total += piece.k_end - piece.k_begin;
-            const bool half = s.has_half_column && s.tile(piece.tile).column == s.num_full_columns;
-            cost += (piece.k_end - piece.k_begin) * (s.has_half_column && !half ? 2 : 1);
-          }
-          if (worker < s.num_slices) least = std::min(least, cost);
-          most = std::max(most, cost);
-        }
-        EXPECT_EQ(total, int64_t(s.num_tiles()) * s.k_tiles);
-        EXPECT_EQ(most - least <= 2, true);
-        EXPECT_EQ(s.slice_begin(0), s.num_whole * s.k_tiles);
-        EXPECT_EQ(s.slice_begin(s.num_slices), s.num_tiles() * s.k_tiles);
-      }
-  EXPECT_EQ(nf::make_linear_schedule(8192, 8192, 1, 1, 66).num_slices, 66);
-  EXPECT_EQ(nf::make_linear_schedule(16, 16, 1, 1, 66).num_slices, 1);  // one unit
-  EXPECT_EQ(nf::make_linear_schedule(8192, 8192, 1, 2048, 66).num_whole, 2 * 66);
-  EXPECT_EQ(nf::make_linear_schedule(57344, 8192, 1, 256, 66).num_whole, 0);
-}
-
-void test_split_does_not_depend_on_the_tokens_of_a_column() {
-  for (auto [rows, cols, element_bytes] : kShapes)
-    EXPECT_EQ(nf::make_linear_schedule(rows, cols, element_bytes, 1, 66) ==
-                  nf::make_linear_schedule(rows, cols, element_bytes, 256, 66),
-              true);
+  EXPECT_EQ(nf::make_linear_schedule(8192, 8192, 1, 132).num_slices, 132);
+  EXPECT_EQ(nf::make_linear_schedule(16, 16, 1, 132).num_slices, 1);  // one unit
 }
 
 void test_workspace_and_tokens() {
   EXPECT_EQ(nf::padded_tokens(1), 8);
   EXPECT_EQ(nf::padded_tokens(9), 16);
   EXPECT_EQ(nf::padded_tokens(64), 64);
-  EXPECT_EQ(nf::padded_tokens(65), 256);
-  EXPECT_EQ(nf::padded_tokens(8192), 256);
-  EXPECT_EQ(nf::linear_workspace_bytes(256, 132), 132LL * 128 * 256 * 4);
+  EXPECT_EQ(nf::linear_workspace_bytes(132), 132LL * 128 * 64 * 4);
+}
+
+// Each tile of 256 rows x 128 tokens is computed by one cluster, and the clusters end at about the same time.
+void test_gemm_tiles() {
+  for (int clusters : {1, 54, 66})
+    for (int tokens : {1, 128, 129, 256, 257, 300, 384, 385, 2048, 2100, 8192, 8200})
+      for (int rows : {16, 576, 5632, 8192, 11264, 57344}) {
+        const nf::GemmSchedule s = nf::make_gemm_schedule(rows, tokens, clusters);
+        const int pairs = (rows + 255) / 256, halves = (tokens + 127) / 128;
+        std::vector<int> hits(pairs * halves + pairs), cost(clusters);
+        for (int i = 0; i < s.num_tiles; ++i) {
+          const nf::GemmTile tile = s.tile(i);
+          EXPECT_EQ(tile.pair >= 0 && tile.pair < pairs, true);
+          EXPECT_EQ(tile.token % 128 == 0 && tile.token >= 0 && tile.token < tokens, true);
+          cost[i % clusters] += tile.num_halves;
+          for (int h = 0; h < tile.num_halves; ++h) ++hits.at(tile.pair * halves + tile.token / 128 + h);
+        }
+        EXPECT_EQ(std::count(hits.begin(), hits.end(), 1), std::ptrdiff_t(pairs) * halves);
+        EXPECT_EQ(*std::max_element(cost.begin(), cost.end()), s.rounds());
+      }
+  EXPECT_EQ(nf::make_gemm_schedule(8192, 2048, 66).rounds(), 8);
+  EXPECT_EQ(nf::make_gemm_schedule(11264, 2048, 66).rounds(), 11);  // 5 rounds of full tiles, 1 of halves
+  EXPECT_EQ(nf::make_gemm_schedule(8192, 256, 66).rounds(), 1);
+  EXPECT_EQ(nf::make_gemm_schedule(57344, 256, 66).rounds(), 7);
 }
 
 void test_rejects() {
   testing::expect_throws([] { nf::packed_shape(24, 16, 1); }, "found N=24");
   testing::expect_throws([] { nf::packed_shape(16, 0, 1); }, "found K=0");
   testing::expect_throws([] { nf::packed_shape(16, 16, 4); }, "found 4");
-  testing::expect_throws([] { nf::padded_tokens(0); }, "found 0");
-  testing::expect_throws([] { nf::make_linear_schedule(16, 16, 1, 1, 0); }, "found 0");
-  testing::expect_throws([] { nf::make_linear_schedule(16, 16, 1, 0, 1); }, "found 0");
+  testing::expect_throws([] { nf::padded_tokens(65); }, "found T=65");
+  testing::expect_throws([] { nf::make_linear_schedule(16, 16, 1, 0); }, "found 0");
+  testing::expect_throws([] { nf::make_gemm_schedule(16, 1, 0); }, "found 0");
+  testing::expect_throws([] { nf::make_gemm_schedule(16, 0, 1); }, "found 0");
 }
 
 }  // namespace
@@ -265,10 +220,9 @@ int main() {
     test_gate_up_rows();
     test_fragment_covers_the_tile();
     test_emulated_products();
-    test_every_tile_has_its_place();
-    test_work_is_complete_and_equal();
-    test_split_does_not_depend_on_the_tokens_of_a_column();
+    test_slices_are_equal_and_complete();
     test_workspace_and_tokens();
+    test_gemm_tiles();
     test_rejects();
   });
 }

@@ -9,6 +9,7 @@
 namespace nf {
 namespace {
 
+constexpr int kWarpgroupThreads = 128;
 constexpr int kStripRows = 16;  // of a warp: a multiple of 16 rows is all inside the weight or all outside
 
 // Rows r and r + 1, in that order, of one token.

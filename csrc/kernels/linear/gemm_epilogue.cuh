@@ -4,8 +4,8 @@
 // rounding points are those of epilogue.cuh.
 #pragma once
 
+#include "host/gemm_schedule.h"
 #include "kernels/linear/epilogue.cuh"
-#include "kernels/linear/stream_k.cuh"
 #include "kernels/ptx/mbarrier.cuh"
 #include "kernels/ptx/mma.cuh"
 #include "kernels/ptx/reduce.cuh"
@@ -14,9 +14,9 @@
 namespace nf {
 namespace {
 
-constexpr int kHalfRegs = kHalfColumnTokens / 2;  // accumulators of a thread for half a column
+constexpr int kHalfRegs = kHalfTileTokens / 2;  // accumulators of a thread for half a tile
 
-using Staging = uint8_t[kHalfColumnTokens * kTileRows * 2];  // [tokens][rows] bf16, chunks of 8 rows permuted
+using Staging = uint8_t[kHalfTileTokens * kTileRows * 2];  // [tokens][rows] bf16, chunks of 8 rows permuted
 
 __device__ __forceinline__ uint32_t bits_of(__nv_bfloat162 v) {
   uint32_t bits;
@@ -30,7 +30,7 @@ __device__ __forceinline__ int staged_offset(int token, int chunk) {
   return (token * kChunks + (chunk ^ token / (8 / kChunks) % kChunks)) * kChunkBytes;
 }
 
-// A warpgroup's share of a tile: 64 rows from `row` on, kHalfColumnTokens tokens from `token` on.
+// A warpgroup's share of a tile: 64 rows from `row` on, kHalfTileTokens tokens from `token` on.
 struct HalfTile {
   const PackedLinearParams& p;
   Staging& staging;
@@ -94,19 +94,19 @@ struct HalfTile {
     const int chunk = thread % kChunks, column = first_column + chunk * 8;
     if (column >= num_columns) return;
 #pragma unroll
-    for (int t = thread / kChunks; t < kHalfColumnTokens; t += kWarpgroupThreads / kChunks) {
+    for (int t = thread / kChunks; t < kHalfTileTokens; t += kWarpgroupThreads / kChunks) {
       if (token + t >= p.num_tokens) break;
       f((token + t) * p.out_stride + column,
         load_vec(reinterpret_cast<const __nv_bfloat16*>(&staging[staged_offset<kChunks>(t, chunk)]), 0));
     }
   }
 
-  __device__ __forceinline__ void store(const float (&r_acc)[kHalfRegs], int warp, int lane) const {
+  __device__ __forceinline__ void store(const float (&r_acc)[kHalfRegs], int thread) const {
+    const int warp = thread / kWarpSize, lane = thread % kWarpSize;
     if (p.out_type == OutType::kFloat) {
       finish(r_acc, p, row + warp * kStripRows, token, lane);
       return;
     }
-    const int thread = warp * kWarpSize + lane;
     const int my_row = min(row + warp * kStripRows, p.num_rows - kStripRows) + lane / 4;
     const float low_scale = row_scale(p, my_row), high_scale = row_scale(p, my_row + 8);
     auto* out = static_cast<__nv_bfloat16*>(p.out);

@@ -2,20 +2,18 @@
 // The linear of many tokens, tensor-core bound: 2 T N K operations. Weight rows are wgmma's M, as in
 // packed_linear_kernel.cuh, and the packed weights are the same.
 //
-// Grid: one CTA per SM, in clusters of two, which stay for the whole launch (linear_schedule.h says what each
+// Grid: one CTA per SM, in clusters of two, which stay for the whole launch (gemm_schedule.h says what each
 // computes). A cluster's tile is 256 rows x 256 tokens, one block of rows for each CTA, so that both read the
 // same activations: each loads half of them, for both. In a CTA a producer thread fills the ring, two
 // warpgroups multiply 64 rows x 256 tokens each. L2 gives 32 KB for each 128 x 256 x 128 e4m3 products.
 #pragma once
 
-#include <string>
-
+#include "host/gemm_schedule.h"
 #include "kernels/common/check.h"
 #include "kernels/common/device.cuh"
 #include "kernels/common/launch.h"
 #include "kernels/linear/gemm_epilogue.cuh"
 #include "kernels/linear/linear.h"
-#include "kernels/linear/stream_k.cuh"
 #include "kernels/ptx/bulk_copy.cuh"
 #include "kernels/ptx/cluster.cuh"
 #include "kernels/ptx/tensor_map.h"
@@ -25,18 +23,24 @@ namespace nf {
 namespace {
 
 constexpr int kStages = 4;
+// Of 128 e4m3 values, between two promotions. Errors of a result, as parts of the root of the sum of its
+// squared products, by an emulation of the 14-bit sums: 1.3e-4 after 1 tile, 2.1e-4 after 2, 3.4e-4 after 4,
+// for any K; without promotion 4.3e-3 at K = 28672. Rounding it to bf16 costs 1.1e-3. More than 2 would hold
+// the ring's stages too long.
+constexpr int kPromoteTiles = 2;
 constexpr int kConsumerWarps = 2 * kWarpgroupThreads / kWarpSize;
-constexpr int kThreads = 3 * kWarpgroupThreads;            // of the last warpgroup one thread produces
-constexpr int kBoxTokens = kHalfColumnTokens / kPairCtas;  // of a copy: what one CTA loads of half a column
+constexpr int kThreads = 3 * kWarpgroupThreads;  // of the last warpgroup one thread produces
+constexpr int kClusterCtas = 2;
+constexpr uint16_t kBothCtas = (1 << kClusterCtas) - 1;
+constexpr int kBoxTokens = kHalfTileTokens / kClusterCtas;  // of a copy: what one CTA loads of half a tile
 constexpr int kBoxBytes = kBoxTokens * kTileRowBytes;
-constexpr uint16_t kBothCtas = (1 << kPairCtas) - 1;
 
 enum NamedBarrier { kAll, kEpilogue };  // kEpilogue + i is warpgroup i's
 
 struct GemmSmem {
   struct Stage {
-    alignas(1024) uint8_t weight[2][kTileBytes];       // [warpgroup], 64 swizzled rows
-    alignas(1024) uint8_t x[2][kPairCtas][kBoxBytes];  // [half column][CTA that loads it], swizzled rows
+    alignas(1024) uint8_t weight[2][kTileBytes];          // [warpgroup], 64 swizzled rows
+    alignas(1024) uint8_t x[2][kClusterCtas][kBoxBytes];  // [half][CTA that loads it], swizzled rows
   } stage[kStages];
   Staging staging[2];  // [warpgroup]
   alignas(8) uint64_t full[kStages], empty[kStages];
@@ -50,35 +54,20 @@ struct GemmRing {
   }
 };
 
-// The same value, known to the compiler to be so in all lanes: wgmma must not stand in a divergent path.
+// The same value, known to the compiler to be so in all lanes: wgmma must not stand in a divergent path, and
+// its descriptors are computed by the uniform datapath then.
 __device__ __forceinline__ int uniform(int v) { return __shfl_sync(kFullWarp, v, 0); }
 
-__device__ __forceinline__ int num_halves(const PackedLinearParams& p, int column) {
-  return p.num_tokens - column * kColumnTokens > kHalfColumnTokens ? 2 : 1;
+// The same value, but what follows from it is computed here: held in registers across the products it would
+// leave them too few.
+__device__ __forceinline__ int here(int v) {
+  asm volatile("" : "+r"(v));
+  return v;
 }
 
+__device__ __forceinline__ int first_tile() { return blockIdx.x / kClusterCtas; }
+
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-
-// The k tiles of all pieces of a cluster, one by one.
-struct KTiles {
-  Pieces pieces;
-  Piece piece{};
-  Tile tile{};
-  int k = 0;
-  bool valid = false;
-
-  __device__ __forceinline__ explicit KTiles(const LinearSchedule& schedule)
-      : pieces(schedule, blockIdx.x / kPairCtas, gridDim.x / kPairCtas) {
-    next_piece();
-  }
-  __device__ __forceinline__ void next_piece() {
-    valid = pieces.next(piece);
-    if (valid) tile = pieces.schedule.tile(piece.tile), k = piece.k_begin;
-  }
-  __device__ __forceinline__ void advance() {
-    if (++k == piece.k_end) next_piece();
-  }
-};
 
 // The producer: one thread of each CTA fills the rings of both.
 template <class Element>
@@ -86,52 +75,61 @@ struct GemmProducer {
   GemmSmem& s;
   const CUtensorMap& x_map;
   const PackedLinearParams& p;
-  const LinearSchedule& schedule;
+  const GemmSchedule& schedule;
   const int rank;
+  const int k_tiles;
 
   __device__ __forceinline__ void init_barriers() {
     ptx::prefetch_tensor_map(&x_map);
     for (int i = 0; i < kStages; ++i) {
       ptx::mbarrier_init(&s.full[i], 1);
-      ptx::mbarrier_init(&s.empty[i], kConsumerWarps * kPairCtas);  // a stage is refilled by both CTAs
+      ptx::mbarrier_init(&s.empty[i], kConsumerWarps * kClusterCtas);  // a stage is refilled by both CTAs
     }
     ptx::fence_mbarrier_init();
   }
 
-  __device__ __forceinline__ void load_weight(int stage, const KTiles& at, uint64_t policy) {
+  __device__ __forceinline__ void load_weight(int stage, const GemmTile& tile, int k, uint64_t policy) {
     // Where a lone last block has no partner, the partner reads it too, and stores nothing.
-    const int block = min(at.tile.pair * kPairCtas + rank, (p.num_rows - 1) / kBlockRows);
-    const int64_t packed_tile = int64_t(block) * schedule.k_tiles + at.k;
-    ptx::mbarrier_arrive_expect(&s.full[stage],
-                                kBlockTileBytes + num_halves(p, at.tile.column) * kPairCtas * kBoxBytes);
+    const int block = min(tile.pair * kClusterCtas + rank, (p.num_rows - 1) / kBlockRows);
+    const int64_t packed_tile = int64_t(block) * k_tiles + k;
+    ptx::mbarrier_arrive_expect(&s.full[stage], kBlockTileBytes + tile.num_halves * kClusterCtas * kBoxBytes);
     ptx::bulk_load(s.stage[stage].weight, static_cast<const char*>(p.packed) + packed_tile * kBlockTileBytes,
                    kBlockTileBytes, &s.full[stage], policy);
   }
-  __device__ __forceinline__ void load_x(int stage, const KTiles& at) {
-    for (int half = 0; half < num_halves(p, at.tile.column); ++half)
+  __device__ __forceinline__ void load_x(int stage, const GemmTile& tile, int k) {
+    for (int half = 0; half < tile.num_halves; ++half)
       ptx::tensor_load_multicast(
-          s.stage[stage].x[half][rank], &x_map, at.k * (kTileRowBytes / int(sizeof(Element))),
-          at.tile.column * kColumnTokens + half * kHalfColumnTokens + rank * kBoxTokens, &s.full[stage],
-          kBothCtas);
+          s.stage[stage].x[half][rank], &x_map, k * (kTileRowBytes / int(sizeof(Element))),
+          tile.token + half * kHalfTileTokens + rank * kBoxTokens, &s.full[stage], kBothCtas);
   }
 
   __device__ __forceinline__ void run() {
     const uint64_t policy =
-        p.num_tokens > kColumnTokens ? ptx::evict_normal_policy() : ptx::evict_first_policy();
-    KTiles weight(schedule), x(schedule);
-    for (int i = 0; i < kStages && weight.valid; ++i, weight.advance()) load_weight(i, weight, policy);
+        p.num_tokens > kTileTokens ? ptx::evict_normal_policy() : ptx::evict_first_policy();
+    if (first_tile() >= schedule.num_tiles) return;
+    GemmTile tile = schedule.tile(first_tile());
+    const int num_early = min(kStages, k_tiles);  // weights depend on no other kernel
+    for (int k = 0; k < num_early; ++k) load_weight(k, tile, k, policy);
     let_successor_start();
     wait_for_predecessor();  // x is its result
-    for (int i = 0; i < kStages && x.valid; ++i, x.advance()) load_x(i, x);
-    for (GemmRing ring; x.valid; x.advance(), ring.advance()) {
-      ptx::mbarrier_wait(&s.empty[ring.stage], ring.parity);
-      load_weight(ring.stage, x, policy);
-      load_x(ring.stage, x);
+    for (int k = 0; k < num_early; ++k) load_x(k, tile, k);
+    GemmRing ring;
+    for (int k = 0; k < num_early; ++k) ring.advance();
+    ring.parity ^= 1;  // the first wait is for the first release
+    for (int i = first_tile(), k = num_early;;) {
+      for (; k < k_tiles; ++k, ring.advance()) {
+        ptx::mbarrier_wait(&s.empty[ring.stage], ring.parity);
+        load_weight(ring.stage, tile, k, policy);
+        load_x(ring.stage, tile, k);
+      }
+      i += gridDim.x / kClusterCtas;
+      if (i >= schedule.num_tiles) break;
+      tile = schedule.tile(i), k = 0;
     }
   }
 };
 
-using GemmAccumulators = float[2][kHalfRegs];  // [half column]
+using GemmAccumulators = float[2][kHalfRegs];  // [half]
 
 // One warpgroup's products.
 template <class Element>
@@ -143,7 +141,7 @@ struct Multiplier {
   // The producers of both CTAs may refill a stage once all warps of both have read it.
   __device__ __forceinline__ void release(int stage) {
     const int lane = threadIdx.x % kWarpSize;
-    if (lane < kPairCtas) ptx::mbarrier_arrive_at(&s.empty[stage], lane);
+    if (lane < kClusterCtas) ptx::mbarrier_arrive_at(&s.empty[stage], lane);
   }
 
   template <int kHalves>
@@ -154,38 +152,55 @@ struct Multiplier {
       multiply_in_place<kHalves>(r_acc, num_k_tiles);
   }
 
-  // wgmma keeps only some 14 bits of an e4m3 sum: it is added to FP32 registers after every k tile. While one
-  // warpgroup adds, the other's products keep the tensor cores busy.
+  // wgmma keeps only some 14 bits of an e4m3 sum: it is added to FP32 registers after every kPromoteTiles k
+  // tiles. While one warpgroup adds, the other's products keep the tensor cores busy.
   template <int kHalves>
   __device__ __forceinline__ void multiply_promoting(GemmAccumulators& r_acc, int num_k_tiles) {
-    constexpr Element kTag{};
 #pragma unroll
     for (int half = 0; half < kHalves; ++half) {
 #pragma unroll
       for (int i = 0; i < kHalfRegs; ++i) r_acc[half][i] = 0.0f;
     }
 #pragma unroll 1
-    for (; num_k_tiles > 0; --num_k_tiles, ring.advance()) {
-      const auto& stage = s.stage[ring.stage];
-      const uint64_t weight = ptx::wgmma_descriptor(stage.weight[warpgroup]);
-      ptx::mbarrier_wait(&s.full[ring.stage], ring.parity);
+    for (; num_k_tiles >= kPromoteTiles; num_k_tiles -= kPromoteTiles)
+      add_products<kHalves, kPromoteTiles>(r_acc);
+#pragma unroll 1
+    for (; num_k_tiles > 0; --num_k_tiles) add_products<kHalves, 1>(r_acc);
+  }
+
+  // r_acc += the products of the next kTiles k tiles.
+  template <int kHalves, int kTiles>
+  __device__ __forceinline__ void add_products(GemmAccumulators& r_acc) {
+    constexpr Element kTag{};
+    int stages[kTiles];
 #pragma unroll
-      for (int half = 0; half < kHalves; ++half) {
-        const uint64_t x = ptx::wgmma_descriptor(stage.x[half]);
-        float r_tile[kHalfRegs];
-        ptx::wgmma_fence();
+    for (int j = 0; j < kTiles; ++j, ring.advance()) {
+      stages[j] = uniform(ring.stage);
+      ptx::mbarrier_wait(&s.full[ring.stage], ring.parity);
+    }
+#pragma unroll
+    for (int half = 0; half < kHalves; ++half) {
+      float r_sum[kHalfRegs];
+      ptx::wgmma_fence();
+#pragma unroll
+      for (int j = 0; j < kTiles; ++j) {
+        const uint64_t weight = ptx::wgmma_descriptor(s.stage[stages[j]].weight[warpgroup]);
+        const uint64_t x = ptx::wgmma_descriptor(s.stage[stages[j]].x[half]);
 #pragma unroll
         for (int k = 0; k < kTileRowBytes / ptx::kWgmmaStepBytes; ++k)
-          ptx::wgmma(kTag, r_tile, ptx::wgmma_advance(weight, k), ptx::wgmma_advance(x, k), k > 0);
-        ptx::wgmma_commit();
-        ptx::wgmma_wait();
-        if (half == kHalves - 1) release(ring.stage);
+          ptx::wgmma(kTag, r_sum, ptx::wgmma_advance(weight, k), ptx::wgmma_advance(x, k), j > 0 || k > 0);
+      }
+      ptx::wgmma_commit();
+      ptx::wgmma_wait();
+      if (half == kHalves - 1) {
 #pragma unroll
-        for (int i = 0; i < kHalfRegs; ++i) {
-          r_acc[half][i] += r_tile[i];
-          // here, not between the next products, which would serialise them
-          asm volatile("" : "+f"(r_acc[half][i]));
-        }
+        for (int j = 0; j < kTiles; ++j) release(stages[j]);
+      }
+#pragma unroll
+      for (int i = 0; i < kHalfRegs; ++i) {
+        r_acc[half][i] += r_sum[i];
+        // here, not between the next products, which would serialise them
+        asm volatile("" : "+f"(r_acc[half][i]));
       }
     }
   }
@@ -194,7 +209,7 @@ struct Multiplier {
   template <int kHalves>
   __device__ __forceinline__ void start_products(GemmAccumulators& r_acc, bool accumulate) {
     constexpr Element kTag{};
-    const auto& stage = s.stage[ring.stage];
+    const auto& stage = s.stage[uniform(ring.stage)];
     const uint64_t weight = ptx::wgmma_descriptor(stage.weight[warpgroup]),
                    x = ptx::wgmma_descriptor(stage.x[0]);
     ptx::mbarrier_wait(&s.full[ring.stage], ring.parity);
@@ -229,42 +244,26 @@ struct Multiplier {
 
 template <class Element>
 __device__ __forceinline__ void gemm_consume(GemmSmem& s, const PackedLinearParams& p,
-                                             const LinearSchedule& schedule, int rank, int warp) {
-  constexpr int kWarps = kWarpgroupThreads / kWarpSize;
-  const int warpgroup = warp / kWarps, thread = threadIdx.x % kWarpgroupThreads, lane = thread % kWarpSize;
-  const int cluster = blockIdx.x / kPairCtas;
+                                             const GemmSchedule& schedule, int k_tiles, int rank, int warp) {
+  const int warpgroup = warp / (kWarpgroupThreads / kWarpSize);
   Multiplier<Element> multiplier{s, warpgroup, {}};
-  Pieces pieces(schedule, cluster, gridDim.x / kPairCtas);
-  const auto slot = [&](int cta, int half) {
-    return slot_of(p.workspace, cta, warpgroup, kColumnTokens, thread) +
-           half * (kHalfRegs / 4) * kWarpgroupThreads;
-  };
-  for (Piece piece; pieces.next(piece);) {
-    const Tile tile = schedule.tile(piece.tile);
-    const int halves = uniform(num_halves(p, tile.column)),
-              num_k_tiles = uniform(piece.k_end - piece.k_begin);
+  for (int i = first_tile(); i < schedule.num_tiles; i += gridDim.x / kClusterCtas) {
+    const GemmTile tile = schedule.tile(i);
+    const int halves = uniform(tile.num_halves);
     GemmAccumulators r_acc;
     if (halves == 2)
-      multiplier.template multiply<2>(r_acc, num_k_tiles);
+      multiplier.template multiply<2>(r_acc, k_tiles);
     else
-      multiplier.template multiply<1>(r_acc, num_k_tiles);
-    const auto finish_half = [&](auto half) {
-      if (piece.k_begin > 0) {
-        publish(r_acc[half], slot(blockIdx.x, half));
-        return;
-      }
-      if (piece.k_end < schedule.k_tiles)
-        for_later_pieces(schedule, cluster, piece.tile, rank,
-                         [&](int cta) { add_published(r_acc[half], slot(cta, half)); });
-      const HalfTile share{.p = p,
-                           .staging = s.staging[warpgroup],
-                           .barrier = kEpilogue + warpgroup,
-                           .row = (tile.pair * kPairCtas + rank) * kBlockRows + warpgroup * kTileRows,
-                           .token = tile.column * kColumnTokens + half * kHalfColumnTokens};
-      share.store(r_acc[half], warp % kWarps, lane);
-    };
-    finish_half(std::integral_constant<int, 0>{});
-    if (halves == 2) finish_half(std::integral_constant<int, 1>{});
+      multiplier.template multiply<1>(r_acc, k_tiles);
+    const int row = (tile.pair * kClusterCtas + rank) * kBlockRows + warpgroup * kTileRows;
+    const HalfTile first{p, s.staging[warpgroup], kEpilogue + warpgroup, row, tile.token};
+    const int thread = here(threadIdx.x % kWarpgroupThreads);
+    first.store(r_acc[0], thread);
+    if (halves == 2) {
+      HalfTile second = first;
+      second.token += kHalfTileTokens;
+      second.store(r_acc[1], thread);
+    }
   }
 }
 
@@ -273,21 +272,20 @@ __device__ __forceinline__ void gemm_consume(GemmSmem& s, const PackedLinearPara
 template <class Element>
 __global__ void __launch_bounds__(kThreads, 1)
     gemm_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ PackedLinearParams p,
-                const __grid_constant__ LinearSchedule schedule) {
+                const __grid_constant__ GemmSchedule schedule, const int k_tiles) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   extern __shared__ __align__(1024) uint8_t s_bytes[];
   auto& s = *reinterpret_cast<GemmSmem*>(s_bytes);
-  const int warp = uniform(threadIdx.x / kWarpSize);
-  const int rank = ptx::cluster_rank();
+  const int warp = uniform(threadIdx.x / kWarpSize), rank = ptx::cluster_rank();
   const bool is_producer = threadIdx.x == kConsumerWarps * kWarpSize;
-  GemmProducer<Element> producer{s, x_map, p, schedule, rank};
+  GemmProducer<Element> producer{s, x_map, p, schedule, rank, k_tiles};
   if (is_producer) producer.init_barriers();
   ptx::cluster_sync();  // the barriers of both rings exist
 
   if (warp < kConsumerWarps) {
     ptx::take_registers<232>();
     wait_for_predecessor();
-    gemm_consume<Element>(s, p, schedule, rank, warp);
+    gemm_consume<Element>(s, p, schedule, k_tiles, rank, warp);
   } else {
     ptx::leave_registers<40>();
     if (is_producer) producer.run();
@@ -306,14 +304,13 @@ void launch_gemm(const PackedLinearParams& p, cudaStream_t stream) {
   constexpr int kElementBytes = int(sizeof(Element));
   const CUtensorMap x_map = ptx::swizzled_rows_map(p.x, p.num_tokens, int64_t(p.num_cols) * kElementBytes,
                                                    p.x_stride * kElementBytes, kBoxTokens, kElementBytes);
-  const int num_clusters = p.num_sms / kPairCtas;
-  const LinearSchedule schedule =
-      make_linear_schedule(p.num_rows, p.num_cols, kElementBytes, p.num_tokens, num_clusters);
-  launch<kKernel>({.ctas = dim3(unsigned(num_clusters * kPairCtas)),
+  const int num_clusters = p.num_sms / kClusterCtas;
+  launch<kKernel>({.ctas = dim3(unsigned(num_clusters * kClusterCtas)),
                    .threads = kThreads,
                    .smem_bytes = int(sizeof(GemmSmem)),
-                   .cluster = kPairCtas},
-                  stream, x_map, p, schedule);
+                   .cluster = kClusterCtas},
+                  stream, x_map, p, make_gemm_schedule(p.num_rows, p.num_tokens, num_clusters),
+                  int(packed_shape(p.num_rows, p.num_cols, kElementBytes).k_tiles()));
 }
 
 }  // namespace

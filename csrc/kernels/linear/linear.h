@@ -40,10 +40,10 @@ struct PackedLinearParams {
   const float* x_scale;       // [T] if x_scale_per_token, else [1]
   const float* weight_scale;  // [N] if weight_scale_per_row, else [1]; rows in the order before packing
   const float* out_scale;     // [1], for kFp8
-  void* workspace;  // linear_workspace_bytes(T, SMs), all bits set at first; one launch at a time may use it
-  int num_tokens;   // T
-  int num_rows;     // N
-  int num_cols;     // K
+  void* workspace;     // linear_workspace_bytes(SMs), all bits set at first; one launch at a time may use it
+  int num_tokens;      // T
+  int num_rows;        // N
+  int num_cols;        // K
   int64_t out_stride;  // elements between rows, even
   int64_t x_stride;
   bool x_scale_per_token, weight_scale_per_row;
@@ -56,7 +56,7 @@ void packed_linear(const PackedLinearParams& p, cudaStream_t stream);
 
 // The two kernels behind it; they trust p.
 template <class Element>
-void packed_linear_of_few(const PackedLinearParams& p, cudaStream_t stream);  // T <= kMaxDecodeTokens
+void packed_linear_of_few(const PackedLinearParams& p, cudaStream_t stream);  // T <= kMaxFewTokens
 template <class Element>
 void gemm(const PackedLinearParams& p, cudaStream_t stream);
 
