@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""rms_norm, add_rms_norm, add_rms_norm_fp8 and add_rms_norm_fp8_per_token against torch, eager and compiled.
+"""rms_norm, add_rms_norm, add_rms_norm_fp8, add_rms_norm_fp8_per_token and row_stats against torch, eager and compiled.
 
 python bench/bench_norm.py [--device cuda|cpu] [--out bench/results/<device>/norm.json]
 """
@@ -78,6 +78,15 @@ def rows(device: torch.device, quick: bool) -> Iterator[runner.Row]:
             return Inputs(x, residual, runner.randn(case.E, device=device), out, scale, per_token)
 
         yield runner.Row(case, make, our_norm, runner.eager_and_compiled(torch_norm, device), check)
+    for T in (1, 8) if quick else (1, 8, 16):
+        case = cases.RowStatsCase(T, 8192)
+
+        def make_rows(case: cases.RowStatsCase = case) -> tuple[Tensor, Tensor]:
+            return runner.randn(case.T, case.X, device=device), runner.randn(case.X, device=device)
+
+        peers = runner.eager_and_compiled(lambda s: reference.row_stats(*s), device)
+        same = runner.equals(lambda s: reference.row_stats(*s), rtol=1e-5, atol=0.0)
+        yield runner.Row(case, make_rows, lambda s: ops.row_stats(*s), peers, same)
 
 
 if __name__ == "__main__":

@@ -34,6 +34,7 @@ step pytest_gpu "$PYTHON" -m pytest -m gpu -q -rs tests
 for tool in memcheck racecheck synccheck initcheck; do
   step "sanitizer_$tool" compute-sanitizer --tool "$tool" --error-exitcode 1 build/cmake/test_rms_norm
   step "sanitizer_linear_$tool" compute-sanitizer --tool "$tool" --error-exitcode 1 build/cmake/test_linear tiny
+  step "sanitizer_prefill_$tool" compute-sanitizer --tool "$tool" --error-exitcode 1 build/cmake/test_prefill_attention tiny
 done
 
 step test_linear build/cmake/test_linear

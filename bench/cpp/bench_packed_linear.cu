@@ -81,23 +81,25 @@ struct Bench {
   cudaStream_t stream;
 
   void enqueue(const Linear& l, const char* packed, int num_tokens) const {
-    const nf::PackedLinearParams p{.out = out,
-                                   .x = x,
-                                   .packed = packed,
-                                   .x_scale = nullptr,
-                                   .weight_scale = nullptr,
-                                   .out_scale = nullptr,
-                                   .workspace = workspace,
-                                   .num_tokens = num_tokens,
-                                   .num_rows = l.num_rows,
-                                   .num_cols = l.num_cols,
-                                   .out_stride = l.num_rows,
-                                   .x_stride = l.num_cols,
-                                   .x_scale_per_token = false,
-                                   .weight_scale_per_row = false,
-                                   .out_type = nf::OutType::kBfloat16,
-                                   .epilogue = nf::Epilogue::kStore,
-                                   .num_sms = num_sms};
+    const nf::PackedLinearParams p{
+        .out = out,
+        .x = x,
+        .packed = packed,
+        .x_scale = nullptr,
+        .weight_scale = nullptr,
+        .out_scale = nullptr,
+        .workspace = workspace,
+        .num_tokens = num_tokens,
+        .num_rows = l.num_rows,
+        .num_cols = l.num_cols,
+        .out_stride = l.num_rows,
+        .x_stride = l.num_cols,
+        .x_scale_per_token = false,
+        .weight_scale_per_row = false,
+        .out_type = nf::OutType::kBfloat16,
+        .epilogue = nf::Epilogue::kStore,
+        .schedule = nf::make_linear_schedule(l.num_rows, l.num_cols, l.element_bytes, num_sms),
+        .num_sms = num_sms};
     l.element_bytes == 1 ? nf::packed_linear<Fp8>(p, stream) : nf::packed_linear<Bf16>(p, stream);
   }
 

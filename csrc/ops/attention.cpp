@@ -1,9 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "kernels/attention/attention.h"
 
+#include <climits>
 #include <map>
 #include <mutex>
 
+#include "kernels/attention/prefill.h"
 #include "kernels/common/check.h"
 #include "ops/cache_checks.h"
 #include "ops/register.h"
@@ -72,32 +74,45 @@ void attention(Tensor out, Tensor q, Tensor k_cache, Tensor v_cache, Tensor page
   const AttentionWorkspace workspace = workspace_of(q.get_device_index(), stream);
   dispatch_half_types(q, "q", [&](auto scalar) {
     using Scalar = decltype(scalar);
-    nf::attention<Scalar>(
-        {
-            .out = ptr<Scalar>(out),
-            .q = cptr<Scalar>(q),
-            .k_cache = k_cache.const_data_ptr(),
-            .v_cache = v_cache.const_data_ptr(),
-            .page_table = cptr<int64_t>(page_table),
-            .q_start = cptr<int64_t>(q_start),
-            .kv_len = cptr<int64_t>(kv_len),
-            .workspace = workspace,
-            .num_tokens = T,
-            .num_seqs = int(S),
-            .num_kv_heads = int(K),
-            .group = int(H / K),
-            .head_dim = int(D),
-            .q_stride = row_stride(q),
-            .out_stride = row_stride(out),
-            .k_page_stride = row_stride(k_cache),
-            .v_page_stride = row_stride(v_cache),
-            .page_table_stride = row_stride(page_table),
-            .softmax_scale = float(softmax_scale),
-            .k_scale = float(k_scale),
-            .v_scale = float(v_scale),
-            .fp8_cache = fp8,
-        },
-        stream);
+    // More tokens than sequences: some have a prompt in this step. Each kernel leaves the other's sequences
+    // alone, which only the GPU tells apart. A lone sequence has all the tokens.
+    const bool has_prompt = T > kMostDecodeQueries && T > S && has_prefill_attention();
+    const bool has_others = !has_prompt || S > 1;
+    const auto with_arguments = [&](auto p) {
+      p.out = ptr<Scalar>(out);
+      p.q = cptr<Scalar>(q);
+      p.k_cache = k_cache.const_data_ptr();
+      p.v_cache = v_cache.const_data_ptr();
+      p.page_table = cptr<int64_t>(page_table);
+      p.q_start = cptr<int64_t>(q_start);
+      p.kv_len = cptr<int64_t>(kv_len);
+      p.num_tokens = T;
+      p.num_seqs = int(S);
+      p.num_kv_heads = int(K);
+      p.group = int(H / K);
+      p.head_dim = int(D);
+      p.q_stride = row_stride(q);
+      p.out_stride = row_stride(out);
+      p.k_page_stride = row_stride(k_cache);
+      p.v_page_stride = row_stride(v_cache);
+      p.page_table_stride = row_stride(page_table);
+      p.softmax_scale = float(softmax_scale);
+      p.k_scale = float(k_scale);
+      p.v_scale = float(v_scale);
+      p.fp8_cache = fp8;
+      return p;
+    };
+    if (has_prompt) {
+      auto p = with_arguments(PrefillAttentionParams<Scalar>{});
+      p.num_pages = k_cache.size(0);
+      nf::prefill_attention(p, stream);
+    }
+    if (has_others) {
+      auto p = with_arguments(AttentionParams<Scalar>{});
+      p.workspace = workspace;
+      p.most_queries = has_prompt ? kMostDecodeQueries : INT_MAX;
+      nf::attention(p, stream);
+    }
   });
 }
 

@@ -16,20 +16,24 @@ STABLE_TORCH_LIBRARY(nemotron_fast, m) {
       "add_rms_norm_fp8_per_token(Tensor(a!) out, Tensor(b!) scale, Tensor(c!) residual, Tensor x, Tensor "
       "weight, float eps) -> ()");
 
+  m.def("row_stats(Tensor(a!) stats, Tensor x, Tensor? norm_weight) -> ()");
+
   m.def("quantize_fp8(Tensor(a!) out, Tensor x, Tensor scale) -> ()");
   m.def("quantize_fp8_per_token(Tensor(a!) out, Tensor(b!) scale, Tensor x) -> ()");
 
   m.def("linear(Tensor(a!) out, Tensor x, Tensor weight, Tensor? x_scale, Tensor? weight_scale) -> ()");
   m.def("pack_weight(Tensor(a!) out, Tensor weight, bool gate_up) -> ()");
   m.def(
-      "packed_linear(Tensor(a!) out, Tensor x, Tensor packed, Tensor? x_scale, Tensor? weight_scale, "
-      "Tensor(b!) workspace) -> ()");
+      "packed_linear(Tensor(a!) out, Tensor x, Tensor packed, Tensor? x_scale, Tensor? weight_scale, Tensor? "
+      "x_stats, Tensor? norm_weight, float eps, Tensor(b!) workspace) -> ()");
   m.def(
-      "packed_linear_add(Tensor(a!) residual, Tensor x, Tensor packed, Tensor? x_scale, Tensor? weight_scale, "
-      "Tensor(b!) workspace) -> ()");
+      "packed_linear_add(Tensor(a!) residual, Tensor(b!)? out_stats, Tensor x, Tensor packed, Tensor? x_scale, "
+      "Tensor? weight_scale, Tensor? x_stats, Tensor? norm_weight, float eps, Tensor? next_norm_weight, "
+      "Tensor(c!) workspace) -> ()");
   m.def(
-      "packed_swiglu(Tensor(a!) out, Tensor x, Tensor packed, Tensor? x_scale, Tensor? weight_scale, "
-      "Tensor? out_scale, Tensor(b!) workspace) -> ()");
+      "packed_swiglu(Tensor(a!) out, Tensor(b!)? out_stats, Tensor x, Tensor packed, Tensor? x_scale, Tensor? "
+      "weight_scale, Tensor? out_scale, Tensor? x_stats, Tensor? norm_weight, float eps, Tensor(c!) "
+      "workspace) -> ()");
   m.def("silu_mul(Tensor(a!) out, Tensor gate_up) -> ()");
 
   m.def(

@@ -5,12 +5,10 @@
 
 #include "kernels/common/check.h"
 #include "ops/register.h"
-#include "ops/tensor_checks.h"
+#include "ops/row_stats.h"
 
 namespace nf::ops {
 namespace {
-
-using OptionalTensor = std::optional<Tensor>;
 
 int num_sms(const Tensor& t) {
   int n;
@@ -79,9 +77,20 @@ OutType out_type_of(const Tensor& out) {
   }
 }
 
-void run(Epilogue epilogue, const Tensor& out, const Tensor& x, const Tensor& packed,
-         const OptionalTensor& x_scale, const OptionalTensor& weight_scale, const OptionalTensor& out_scale,
-         const Tensor& workspace) {
+// What the three ops have in common.
+struct Operands {
+  const Tensor& x;
+  const Tensor& packed;
+  const OptionalTensor& x_scale;
+  const OptionalTensor& weight_scale;
+  const OptionalTensor& x_stats;
+  const OptionalTensor& norm_weight;
+  double eps;
+  const Tensor& workspace;
+};
+
+PackedLinearParams make_params(Epilogue epilogue, const Tensor& out, const Operands& in) {
+  const Tensor& x = in.x;
   if (x.dim() != 2) reject("x", "has " + std::to_string(x.dim()) + " dims, want 2");
   if (out.dim() != 2) reject("out", "has " + std::to_string(out.dim()) + " dims, want 2");
   const int64_t T = x.size(0), K = x.size(1), N = out.size(1) * (epilogue == Epilogue::kSwiglu ? 2 : 1);
@@ -90,53 +99,90 @@ void run(Epilogue epilogue, const Tensor& out, const Tensor& x, const Tensor& pa
   check_device(out, x, "out");
   check_shape(out, {T, out.size(1)}, "out");
   check_rows(out, "out");
-  check_device(packed, x, "packed");
-  check_dtype(packed, x.scalar_type(), "packed");
-  check_packed(packed, N, K);
-  if (T > INT_MAX) reject("x", "dim 0 is " + std::to_string(T) + ", want at most " + std::to_string(INT_MAX));
+  check_device(in.packed, x, "packed");
+  check_dtype(x, in.x_stats ? ScalarType::BFloat16 : in.packed.scalar_type(), "x");
+  check_packed(in.packed, N, K);
+  const int64_t max_tokens = in.x_stats ? kMaxTokensWithStats : INT_MAX;
+  if (T > max_tokens)
+    reject("x", "dim 0 is " + std::to_string(T) + ", want at most " + std::to_string(max_tokens));
   const int sms = num_sms(x);
   const int64_t workspace_bytes = linear_workspace_bytes(sms);
-  check_device(workspace, x, "workspace");
-  if (workspace.numel() * int64_t(workspace.element_size()) < workspace_bytes)
+  check_device(in.workspace, x, "workspace");
+  if (in.workspace.numel() * int64_t(in.workspace.element_size()) < workspace_bytes)
     reject("workspace", "is too small, want " + std::to_string(workspace_bytes) + " bytes");
 
-  const DeviceGuard guard(x.get_device_index());
-  const PackedLinearParams params{
+  const float* x_scale = check_scale(in.x_scale, T, x, "x_scale");
+  PackedLinearParams params{
       .out = out.mutable_data_ptr(),
       .x = x.const_data_ptr(),
-      .packed = packed.const_data_ptr(),
-      .x_scale = check_scale(x_scale, T, x, "x_scale"),
-      .weight_scale = check_scale(weight_scale, N, x, "weight_scale"),
-      .out_scale = check_scale(out_scale, 1, x, "out_scale"),
-      .workspace = workspace.mutable_data_ptr(),
+      .packed = in.packed.const_data_ptr(),
+      .weight_scale = check_scale(in.weight_scale, N, x, "weight_scale"),
+      .workspace = in.workspace.mutable_data_ptr(),
       .num_tokens = int(T),
       .num_rows = int(N),
       .num_cols = int(K),
       .out_stride = row_stride(out),
       .x_stride = T > 1 ? x.stride(0) : K,  // a tensor map wants one even of a lone row
-      .x_scale_per_token = x_scale && x_scale->numel() > 1,
-      .weight_scale_per_row = weight_scale && weight_scale->numel() > 1,
+      .x_scale_per_token = in.x_scale && in.x_scale->numel() > 1,
+      .weight_scale_per_row = in.weight_scale && in.weight_scale->numel() > 1,
       .out_type = out_type_of(out),
       .epilogue = epilogue,
+      .schedule = make_linear_schedule(N, K, int(in.packed.element_size()), sms),
       .num_sms = sms,
   };
-  const cudaStream_t stream = current_stream(x);
-  dispatch_element(x, "x", [&](auto element) { nf::packed_linear<decltype(element)>(params, stream); });
+  if (in.x_stats) {
+    if (params.x_scale_per_token) reject("x_scale", "is one per token: the statistics give that");
+    params.x_rows = check_row_stats(*in.x_stats, in.norm_weight, in.eps, x);
+    params.x_rows.fp8_scale = x_scale;
+  } else {
+    params.x_scale = x_scale;
+  }
+  return params;
+}
+
+// Statistics of out, one block per block of the weight.
+void set_out_stats(PackedLinearParams& params, const OptionalTensor& out_stats, const Tensor& x) {
+  if (!out_stats) return;
+  const int64_t blocks = (params.num_rows + kBlockRows - 1) / kBlockRows;
+  check_stats(*out_stats, params.num_tokens, x, "out_stats");
+  check_shape(*out_stats, {params.num_tokens, blocks, 2}, "out_stats");
+  if (params.num_tokens > kMaxTokensWithStats)
+    reject("out_stats", "are for at most " + std::to_string(kMaxTokensWithStats) + " tokens");
+  params.out_stats = reinterpret_cast<float2*>(ptr<float>(*out_stats));
+}
+
+void run(const PackedLinearParams& params, const Operands& in) {
+  const DeviceGuard guard(in.x.get_device_index());
+  const cudaStream_t stream = current_stream(in.x);
+  dispatch_element(in.packed, "packed",
+                   [&](auto element) { nf::packed_linear<decltype(element)>(params, stream); });
 }
 
 void packed_linear(Tensor out, Tensor x, Tensor packed, OptionalTensor x_scale, OptionalTensor weight_scale,
-                   Tensor workspace) {
-  run(Epilogue::kStore, out, x, packed, x_scale, weight_scale, std::nullopt, workspace);
+                   OptionalTensor x_stats, OptionalTensor norm_weight, double eps, Tensor workspace) {
+  const Operands in{x, packed, x_scale, weight_scale, x_stats, norm_weight, eps, workspace};
+  run(make_params(Epilogue::kStore, out, in), in);
 }
 
-void packed_linear_add(Tensor residual, Tensor x, Tensor packed, OptionalTensor x_scale,
-                       OptionalTensor weight_scale, Tensor workspace) {
-  run(Epilogue::kAdd, residual, x, packed, x_scale, weight_scale, std::nullopt, workspace);
+void packed_linear_add(Tensor residual, OptionalTensor out_stats, Tensor x, Tensor packed,
+                       OptionalTensor x_scale, OptionalTensor weight_scale, OptionalTensor x_stats,
+                       OptionalTensor norm_weight, double eps, OptionalTensor next_norm_weight,
+                       Tensor workspace) {
+  const Operands in{x, packed, x_scale, weight_scale, x_stats, norm_weight, eps, workspace};
+  PackedLinearParams params = make_params(Epilogue::kAdd, residual, in);
+  set_out_stats(params, out_stats, x);
+  params.out_norm_weight = check_norm_weight(next_norm_weight, residual.size(1), x, "next_norm_weight");
+  run(params, in);
 }
 
-void packed_swiglu(Tensor out, Tensor x, Tensor packed, OptionalTensor x_scale, OptionalTensor weight_scale,
-                   OptionalTensor out_scale, Tensor workspace) {
-  run(Epilogue::kSwiglu, out, x, packed, x_scale, weight_scale, out_scale, workspace);
+void packed_swiglu(Tensor out, OptionalTensor out_stats, Tensor x, Tensor packed, OptionalTensor x_scale,
+                   OptionalTensor weight_scale, OptionalTensor out_scale, OptionalTensor x_stats,
+                   OptionalTensor norm_weight, double eps, Tensor workspace) {
+  const Operands in{x, packed, x_scale, weight_scale, x_stats, norm_weight, eps, workspace};
+  PackedLinearParams params = make_params(Epilogue::kSwiglu, out, in);
+  set_out_stats(params, out_stats, x);
+  params.out_scale = check_scale(out_scale, 1, x, "out_scale");
+  run(params, in);
 }
 
 }  // namespace

@@ -10,12 +10,17 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from nemotron_fast.async_llm import AsyncLLM
     from nemotron_fast.llm import LLM
     from nemotron_fast.sampling_params import SamplingParams
 
-__all__ = ["LLM", "SamplingParams", "__version__"]
+__all__ = ["LLM", "AsyncLLM", "SamplingParams", "__version__"]
 
-_HOMES = {"LLM": "nemotron_fast.llm", "SamplingParams": "nemotron_fast.sampling_params"}
+_HOMES = {
+    "LLM": "nemotron_fast.llm",
+    "AsyncLLM": "nemotron_fast.async_llm",
+    "SamplingParams": "nemotron_fast.sampling_params",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -3,14 +3,30 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
 from nemotron_fast.pages import PAGE_SIZE
 from nemotron_fast.request import Request
 from nemotron_fast.scheduler import Chunk
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What the model reads.
+
+    A page may be in the tables of several sequences, also of the one whose tokens of this step fill it: in each
+    block the KV of all tokens is appended before any attention.
+    """
+
+    token_ids: Tensor  # [T] int64
+    positions: Tensor  # [T] int64, of the token in its sequence
+    slots: Tensor  # [T] int64, page * PAGE_SIZE + offset
+    page_table: Tensor  # [S, most pages] int64, rows padded with any page
+    q_start: Tensor  # [S + 1] int64, first token of each sequence
+    kv_len: Tensor  # [S] int64, cached tokens including this step's
+    logit_rows: Tensor  # [R] int64, tokens whose logits are wanted: the sampled ones first, then prompt_rows
 
 
 @dataclass(frozen=True)
@@ -23,61 +39,57 @@ class PromptRows:
     count: int
 
 
-@dataclass(frozen=True)
-class Batch:
-    token_ids: Tensor  # [T] int64
-    positions: Tensor  # [T] int64, of the token in its sequence
-    slots: Tensor  # [T] int64, page * PAGE_SIZE + offset
-    page_table: Tensor  # [S, most pages] int64, rows padded with 0
-    q_start: Tensor  # [S + 1] int64, first token of each sequence
-    kv_len: Tensor  # [S] int64, cached tokens including this step's
-    logit_rows: Tensor  # [R] int64, tokens whose logits are wanted: the sampled ones first, then prompt_rows
-    sampled: list[Request]  # one per leading row of logit_rows
-    prompt_rows: list[PromptRows]
+@dataclass
+class Rows:
+    """The numbers of a batch on the host.
+
+    `sources` says where a token comes from: row `sources[t]` of the tokens that the last step sampled, or, from
+    `num_seqs` on, `token_ids[sources[t] - num_seqs]`.
+    """
+
+    token_ids: list[int] = field(default_factory=list)
+    sources: list[int] = field(default_factory=list)
+    positions: list[int] = field(default_factory=list)
+    slots: list[int] = field(default_factory=list)
+    q_start: list[int] = field(default_factory=lambda: [0])
+    kv_len: list[int] = field(default_factory=list)
+    pages: list[list[int]] = field(default_factory=list)
+    logit_rows: list[int] = field(default_factory=list)
+    sampled: list[Request] = field(default_factory=list)  # one per leading row of logit_rows
+    prompt_rows: list[PromptRows] = field(default_factory=list)
 
 
-def build_batch(chunks: list[Chunk], device: torch.device) -> Batch:
-    """The step that computes `chunks`; every chunk's pages must already cover its tokens."""
-    token_ids: list[int] = []
-    positions: list[int] = []
-    slots: list[int] = []
-    q_start = [0]
-    sampled, last_rows = [], []
-    prompt_rows: list[PromptRows] = []
+def gather_rows(chunks: list[Chunk], num_seqs: int) -> Rows:
+    """The rows of `chunks`, whose pages must cover their tokens; at most `num_seqs` sequences were sampled before."""
+    rows = Rows()
     wanted: list[int] = []
     for chunk in chunks:
         request, start, stop = chunk.request, chunk.start, chunk.stop
-        base = q_start[-1]
-        token_ids += request.tokens(start, stop)
-        positions += range(start, stop)
-        slots += [request.pages[p // PAGE_SIZE] * PAGE_SIZE + p % PAGE_SIZE for p in range(start, stop)]
-        q_start.append(base + stop - start)
+        base = len(rows.token_ids)
+        rows.sources += range(num_seqs + base, num_seqs + base + stop - start)
+        rows.token_ids += request.tokens(start, stop)
+        if stop > request.num_tokens:  # the last one is in flight, or about to be replaced
+            if request.forced:
+                rows.token_ids.append(request.forced[0])
+            else:
+                rows.token_ids.append(0)
+                rows.sources[-1] = request.sample_row
+        rows.positions += range(start, stop)
+        rows.slots += [request.pages[p // PAGE_SIZE] * PAGE_SIZE + p % PAGE_SIZE for p in range(start, stop)]
+        rows.q_start.append(len(rows.token_ids))
+        rows.kv_len.append(stop)
+        rows.pages.append(request.pages)
         if chunk.samples:
-            sampled.append(request)
-            last_rows.append(q_start[-1] - 1)
+            rows.sampled.append(request)
+            rows.logit_rows.append(len(rows.token_ids) - 1)
         first, end = _prompt_targets(chunk)
         if first < end:
-            prompt_rows.append(PromptRows(request, first, len(wanted), end - first))
+            rows.prompt_rows.append(PromptRows(request, first, len(wanted), end - first))
             wanted += range(base + first - 1 - start, base + end - 1 - start)
-    offset = len(last_rows)
-    prompt_rows = [PromptRows(r.request, r.position, r.row + offset, r.count) for r in prompt_rows]
-    widest = max(len(c.request.pages) for c in chunks)
-    table = [c.request.pages + [0] * (widest - len(c.request.pages)) for c in chunks]
-
-    def tensor(values: list) -> Tensor:
-        return torch.tensor(values, dtype=torch.int64, device=device)
-
-    return Batch(
-        token_ids=tensor(token_ids),
-        positions=tensor(positions),
-        slots=tensor(slots),
-        page_table=tensor(table),
-        q_start=tensor(q_start),
-        kv_len=tensor([c.stop for c in chunks]),
-        logit_rows=tensor(last_rows + wanted),
-        sampled=sampled,
-        prompt_rows=prompt_rows,
-    )
+    offset = len(rows.logit_rows)
+    rows.prompt_rows = [PromptRows(r.request, r.position, r.row + offset, r.count) for r in rows.prompt_rows]
+    rows.logit_rows += wanted
+    return rows
 
 
 def _prompt_targets(chunk: Chunk) -> tuple[int, int]:

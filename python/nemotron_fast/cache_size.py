@@ -8,13 +8,11 @@ from nemotron_fast.errors import CapacityError, RequestError
 from nemotron_fast.footprint import kv_bytes_per_token, num_pages_that_fit
 from nemotron_fast.pages import PAGE_SIZE, pages_for
 
-KV_MEMORY_SHARE = 0.5  # of the memory that is free after loading, at most, for the KV cache
-
 
 def size_cache(
-    config: ModelConfig, kv_dtype: str, max_model_len: int | None, max_num_seqs: int, free: int
+    config: ModelConfig, kv_dtype: str, max_model_len: int | None, max_num_seqs: int, budget: int
 ) -> tuple[int, int]:
-    """(max_model_len, pages): as much as all sequences could use, at most KV_MEMORY_SHARE of the free memory.
+    """(max_model_len, pages): as much as all sequences could use, at most `budget` bytes.
 
     Raises:
         RequestError: max_model_len is out of the model's range.
@@ -25,7 +23,6 @@ def size_cache(
         raise RequestError(
             f"max_model_len={length}, want 1..{config.max_position} (the model's max_position_embeddings)"
         )
-    budget = int(free * KV_MEMORY_SHARE)
     affordable = num_pages_that_fit(config, budget, kv_dtype, PAGE_SIZE)
     if affordable is None:  # no attention anywhere: pages take no memory
         return length, pages_for(length) * max_num_seqs

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from nemotron_fast import _C, packing, reference  # noqa: F401  (_C defines the schemas)
+from nemotron_fast.reference import RowStats
 
 
 def _write(out: Tensor, result: Tensor) -> None:
@@ -49,28 +50,62 @@ def _top_logprobs(
         _write(out, result)
 
 
+def _row_stats(stats: Tensor, x: Tensor, norm_weight: Tensor | None) -> None:
+    _write(stats, reference.row_stats(x, norm_weight))
+
+
 def _packed_linear(
-    out: Tensor, x: Tensor, packed: Tensor, x_scale: Tensor | None, weight_scale: Tensor | None, _workspace: Tensor
-) -> None:
-    _write(out, packing.packed_linear(x, packed, out.shape[1], x_scale, weight_scale))
-
-
-def _packed_linear_add(
-    residual: Tensor, x: Tensor, packed: Tensor, x_scale: Tensor | None, weight_scale: Tensor | None, _workspace: Tensor
-) -> None:
-    packing.packed_linear_add(residual, x, packed, x_scale, weight_scale)
-
-
-def _packed_swiglu(
     out: Tensor,
     x: Tensor,
     packed: Tensor,
     x_scale: Tensor | None,
     weight_scale: Tensor | None,
-    out_scale: Tensor | None,
+    x_stats: Tensor | None,
+    norm_weight: Tensor | None,
+    eps: float,
     _workspace: Tensor,
 ) -> None:
-    _write(out, packing.packed_swiglu(x, packed, out.shape[1], x_scale, weight_scale, out_scale))
+    rows = None if x_stats is None else RowStats(x_stats, norm_weight, eps)
+    _write(out, packing.packed_linear(x, packed, out.shape[1], x_scale, weight_scale, rows))
+
+
+def _packed_linear_add(
+    residual: Tensor,
+    out_stats: Tensor | None,
+    x: Tensor,
+    packed: Tensor,
+    x_scale: Tensor | None,
+    weight_scale: Tensor | None,
+    x_stats: Tensor | None,
+    norm_weight: Tensor | None,
+    eps: float,
+    next_norm_weight: Tensor | None,
+    _workspace: Tensor,
+) -> None:
+    rows = None if x_stats is None else RowStats(x_stats, norm_weight, eps)
+    stats = packing.packed_linear_add(residual, x, packed, x_scale, weight_scale, rows, next_norm_weight)
+    if out_stats is not None:
+        _write(out_stats, stats)
+
+
+def _packed_swiglu(
+    out: Tensor,
+    out_stats: Tensor | None,
+    x: Tensor,
+    packed: Tensor,
+    x_scale: Tensor | None,
+    weight_scale: Tensor | None,
+    out_scale: Tensor | None,
+    x_stats: Tensor | None,
+    norm_weight: Tensor | None,
+    eps: float,
+    _workspace: Tensor,
+) -> None:
+    rows = None if x_stats is None else RowStats(x_stats, norm_weight, eps)
+    h_TF = packing.packed_swiglu(x, packed, out.shape[1], x_scale, weight_scale, out_scale, rows)
+    _write(out, h_TF)
+    if out_stats is not None:
+        _write(out_stats, reference.row_stats(h_TF, None, packing.BLOCK_ROWS // 2))
 
 
 _KERNELS = {
@@ -79,6 +114,7 @@ _KERNELS = {
     "add_rms_norm": _returns(reference.add_rms_norm),
     "add_rms_norm_fp8": _returns(reference.add_rms_norm_fp8),
     "add_rms_norm_fp8_per_token": _returns_rows_and_scales(reference.add_rms_norm_fp8_per_token),
+    "row_stats": _row_stats,
     "quantize_fp8": _returns(reference.quantize_fp8),
     "quantize_fp8_per_token": _returns_rows_and_scales(reference.quantize_fp8_per_token),
     "linear": _returns(reference.linear),

@@ -3,21 +3,24 @@
 
 from __future__ import annotations
 
+import dataclasses
+import time
 from dataclasses import dataclass
+from typing import NoReturn
 
 import torch
 
-from nemotron_fast.batch import Batch, build_batch
 from nemotron_fast.config import ModelConfig
 from nemotron_fast.errors import CapacityError, NumericsError, RequestError
-from nemotron_fast.graphs import DecodeGraphs
+from nemotron_fast.executor import Executor, Launch
 from nemotron_fast.kv_cache import make_kv_cache
+from nemotron_fast.metrics import Metrics, Recorder
 from nemotron_fast.model import Model
 from nemotron_fast.pages import PAGE_SIZE, pages_for
 from nemotron_fast.request import Request
-from nemotron_fast.sampling import NAN_TOKEN, sample_tokens, token_logprobs
+from nemotron_fast.sampling import NAN_TOKEN, prompt_logprobs
 from nemotron_fast.sampling_params import SamplingParams
-from nemotron_fast.scheduler import Chunk, Scheduler
+from nemotron_fast.scheduler import Scheduler
 from nemotron_fast.weights import ModelWeights
 
 
@@ -29,8 +32,12 @@ class EngineOptions:
     num_pages: int  # of the KV cache
     max_num_seqs: int = 64  # sequences in one step
     max_batched_tokens: int = 512  # tokens in one step
+    max_mixed_tokens: int | None = None  # tokens in a step that both decodes and computes prompts; None: as above
+    prefix_caching: bool = True  # use pages of the KV cache again that hold the same tokens
     seed: int = 0
-    cuda_graphs: bool = True  # on a GPU, replay decode steps as CUDA graphs
+    overlap: bool = False  # launch a step before the tokens of the one before are known
+    padded_decode: bool = False  # pad decode steps to a few sizes, which on a GPU are replayed as CUDA graphs
+    debug: bool = False  # check the scheduler's invariants after every step
 
 
 class Engine:
@@ -46,23 +53,32 @@ class Engine:
             )
         self.config, self.options = config, options
         self.device = weights.embed.device
+        scratch_page = options.num_pages if options.padded_decode else None  # one page beyond those of the requests
+        num_pages = options.num_pages + options.padded_decode
         self.model = Model(config, weights, options.max_model_len)
-        use_graphs = self.device.type == "cuda" and options.cuda_graphs
-        scratch_page = options.num_pages  # one page beyond those of the requests, for padded rows
-        self.cache = make_kv_cache(config, options.num_pages + use_graphs, dtype=kv_dtype, device=self.device)
-        self._graphs = None
-        if use_graphs:
-            self._graphs = DecodeGraphs(
-                self.model,
-                self.cache,
-                max_num_seqs=options.max_num_seqs,
-                max_pages=pages_for(options.max_model_len),
-                scratch_page=scratch_page,
-            )
-        self.scheduler = Scheduler(
-            options.num_pages, max_num_seqs=options.max_num_seqs, max_batched_tokens=options.max_batched_tokens
+        self.cache = make_kv_cache(config, num_pages, dtype=kv_dtype, device=self.device)
+        self.executor = Executor(
+            self.model,
+            self.cache,
+            max_num_seqs=options.max_num_seqs,
+            max_tokens=options.max_batched_tokens,
+            max_pages=pages_for(options.max_model_len),
+            scratch_page=scratch_page,
         )
+        self._in_flight: Launch | None = None
+        self.scheduler = Scheduler(
+            options.num_pages,
+            max_num_seqs=options.max_num_seqs,
+            max_batched_tokens=options.max_batched_tokens,
+            max_mixed_tokens=options.max_mixed_tokens,
+            prefix_caching=options.prefix_caching,
+        )
+        self._recorder = Recorder()
         self._next_id = 0
+
+    def metrics(self) -> Metrics:
+        """What the engine is doing, and how fast."""
+        return self._recorder.snapshot(self.scheduler)
 
     @property
     def has_work(self) -> bool:
@@ -103,19 +119,35 @@ class Engine:
 
     @torch.inference_mode()
     def step(self) -> list[Request]:
-        """Run one step; returns the requests that got a token."""
-        chunks = self.scheduler.next()
-        if not chunks:
-            return []
-        sampled, logits_SV = self._forward(chunks)
-        tokens, logprobs = sample_tokens(logits_SV, sampled)
-        self._refuse_nan(sampled, tokens)
-        for request, token, logprob in zip(sampled, tokens, logprobs, strict=True):
-            if logprob is not None:
-                request.logprobs.append(logprob)
-            request.append(token)
-        self.scheduler.commit(chunks)
-        return sampled
+        """Launch a step and take in the tokens of the oldest one in flight; returns the requests that got a token.
+
+        With overlap the two are not the same step: the host works on one while the device computes the other.
+        """
+        overlap = self.options.overlap and not any(r.needs_known_tokens for r in self.scheduler.running)
+        done, self._in_flight = self._in_flight, None
+        if done is None or overlap:
+            chunks = self.scheduler.next()
+            self._in_flight = self.executor.launch(chunks) if chunks else None
+        if done is None and not overlap:
+            done, self._in_flight = self._in_flight, None
+        touched = [] if done is None else self._take_in(done)
+        if self.options.debug:
+            self.scheduler.check()
+        return touched
+
+    @torch.inference_mode()
+    def warm_up(self) -> None:
+        """Capture the decode steps of all batch sizes.
+
+        Raises:
+            RequestError: requests are running.
+        """
+        if self.has_work:
+            raise RequestError("warm_up while requests are running; call it before the first one")
+        if self._in_flight is not None:  # what it computes came too late
+            self._in_flight.wait()
+            self._in_flight = None
+        self.executor.warm_up()
 
     def abort(self, request: Request) -> None:
         """End a request now, wherever it is; its pages are free afterwards. A finished one stays as it is."""
@@ -129,33 +161,50 @@ class Engine:
             self.scheduler.remove(request)
         request.finish_by_text(stop)
 
-    def _refuse_nan(self, sampled: list[Request], tokens: list[int]) -> None:
-        """Abort everything if a row of logits was not a number: what follows would be garbage."""
-        if NAN_TOKEN not in tokens:
-            return
+    def _take_in(self, launch: Launch) -> list[Request]:
+        tokens, logprobs = launch.wait()
+        for request, token in zip(launch.sampled, tokens, strict=True):
+            if token == NAN_TOKEN and not request.is_finished:
+                self._give_up(request)
+        self._record_prompt_logprobs(launch)
+        touched = []
+        for request, token, logprob in zip(launch.sampled, tokens, logprobs, strict=True):
+            if request.forced:
+                token = request.forced.popleft()
+            if self.scheduler.receive(request, token):
+                touched.append(request)
+                if logprob is not None:
+                    request.logprobs.append(dataclasses.replace(logprob, token_id=token))
+        self._record_times(touched)
+        return touched
+
+    def _record_times(self, touched: list[Request]) -> None:
+        now = time.perf_counter()
+        for request in touched:
+            if request.last_token_at is None:
+                self._recorder.first_token(len(request.prompt), now - request.arrived_at)
+            else:
+                self._recorder.next_token(now - request.last_token_at)
+            request.last_token_at = now
+        self._recorder.step(now, len(touched), sum(r.is_finished for r in touched))
+
+    def _give_up(self, culprit: Request) -> NoReturn:
+        """Abort everything because a row of logits was not a number: what follows would be garbage."""
         for request in [*self.scheduler.running, *self.scheduler.waiting]:
             self.abort(request)
-        number = sampled[tokens.index(NAN_TOKEN)].id
+        self.scheduler.pages.forget_all()
+        self._in_flight = None
         raise NumericsError(
-            f"the logits of request {number} are NaN with {self.model.weights.embed.dtype} activations; "
+            f"the logits of request {culprit.id} are NaN with {self.model.weights.embed.dtype} activations; "
             "try another dtype, and check the scales of a quantised checkpoint"
         )
 
-    def _forward(self, chunks: list[Chunk]) -> tuple[list[Request], torch.Tensor]:
-        """The requests that get a token from this step, and their logits [S, V]."""
-        if self._graphs is not None and DecodeGraphs.covers(chunks):
-            return [c.request for c in chunks], self._graphs.forward(chunks)
-        batch = build_batch(chunks, self.device)
-        logits_RV = self.model.forward(batch, self.cache)
-        self._record_prompt_logprobs(batch, logits_RV)
-        return batch.sampled, logits_RV[: len(batch.sampled)]
-
-    def _record_prompt_logprobs(self, batch: Batch, logits_RV: torch.Tensor) -> None:
-        for rows in batch.prompt_rows:
+    def _record_prompt_logprobs(self, launch: Launch) -> None:
+        for rows in launch.prompt_rows:
             request = rows.request
             targets = request.prompt[rows.position : rows.position + rows.count]
-            logits = logits_RV[rows.row : rows.row + rows.count]
-            request.prompt_logprobs += token_logprobs(logits, targets, [request.params.prompt_logprobs] * rows.count)
+            logits = launch.logits_RV[rows.row : rows.row + rows.count]
+            request.prompt_logprobs += prompt_logprobs(logits, targets, request.params.prompt_logprobs)
 
     def _check_ids(self, ids: list[int], what: str) -> None:
         vocab = self.config.vocab_size

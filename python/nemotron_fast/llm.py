@@ -3,27 +3,27 @@
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
-import operator
 import sys
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 from nemotron_fast.cache_size import size_cache
 from nemotron_fast.conversation import Conversation, prepare_chat
 from nemotron_fast.device import KV_DTYPES, free_bytes, resolve_device, resolve_dtype
 from nemotron_fast.engine import Engine, EngineOptions
 from nemotron_fast.errors import Problems, RequestError
+from nemotron_fast.footprint import workspace_bytes
 from nemotron_fast.loading import load_model
+from nemotron_fast.metrics import Metrics
 from nemotron_fast.outputs import Delta, Result
 from nemotron_fast.progress import progress_bar
-from nemotron_fast.request import Request
+from nemotron_fast.prompts import Message, Prompt, as_list, per_prompt, token_ids
 from nemotron_fast.sampling_params import SamplingParams
-from nemotron_fast.sequence_text import SequenceText, make_result
+from nemotron_fast.sequence_text import make_result
+from nemotron_fast.text_engine import TextEngine, drain, is_drained
 
-Prompt = str | Sequence[int]
-Message = dict[str, Any]
+GPU_BATCHED_TOKENS, CPU_BATCHED_TOKENS = 2048, 512  # tokens of one step
+GPU_MIXED_TOKENS = 256  # of one that decodes as well: up to here a step's time is mostly that of reading the weights
+GPU_KV_SHARE, CPU_KV_SHARE = 0.9, 0.5  # of the memory left by weights and workspace, at most, for the KV cache
 
 
 class LLM:
@@ -37,10 +37,13 @@ class LLM:
         kv_dtype: type of the KV cache; "auto" = FP8 if the checkpoint says so, else `dtype`.
         max_model_len: tokens of one sequence; None = what the model and the memory allow.
         max_num_seqs: sequences that run at once.
+        max_batched_tokens: tokens of one step, prompts and decoding together; None = 2048 on a GPU, 512 on a CPU.
+        max_mixed_tokens: the same for steps in which some decode, which bounds the time between their tokens;
+            None = 256 on a GPU, no other bound on a CPU.
+        prefix_caching: keep the KV of finished requests, and share it with those that begin alike.
         seed: base of the seeds of requests that bring none.
         tensor_parallel_size: only 1 is supported so far.
         generation_config: "auto" uses the checkpoint's sampling defaults and says so once on stderr; "none" does not.
-
         cuda_graphs: replay decode steps as CUDA graphs, on a GPU.
         random_weights: random numbers in place of the checkpoint's weights; `model` may be a bare config.json.
 
@@ -58,27 +61,24 @@ class LLM:
         kv_dtype: str = "auto",
         max_model_len: int | None = None,
         max_num_seqs: int = 64,
+        max_batched_tokens: int | None = None,
+        max_mixed_tokens: int | None = None,
+        prefix_caching: bool = True,
         seed: int = 0,
         tensor_parallel_size: int = 1,
         generation_config: str = "auto",
         random_weights: bool = False,
         cuda_graphs: bool = True,
     ) -> None:
-        problems = Problems()
-        problems.require(
-            tensor_parallel_size == 1, f"tensor_parallel_size={tensor_parallel_size} is not supported yet, want 1"
+        _check_arguments(
+            tensor_parallel_size,
+            generation_config,
+            max_model_len=max_model_len,
+            max_batched_tokens=max_batched_tokens,
+            max_mixed_tokens=max_mixed_tokens,
+            max_num_seqs=max_num_seqs,
+            seed=seed,
         )
-        problems.require(
-            generation_config in ("auto", "none"), f"generation_config={generation_config!r}, want 'auto' or 'none'"
-        )
-        for name, value, low in (
-            ("max_model_len", max_model_len, 1),
-            ("max_num_seqs", max_num_seqs, 1),
-            ("seed", seed, None),
-        ):
-            ok = (type(value) is int and (low is None or value >= low)) or (value is None and name == "max_model_len")
-            problems.require(ok, f"{name}={value!r}, want an integer" + f" >= {low}" * (low is not None))
-        problems.raise_if_any(RequestError, "LLM")
         where = resolve_device(device)
         loaded = load_model(
             model,
@@ -92,17 +92,30 @@ class LLM:
         auto_kv = "fp8" if loaded.kv_cache_fp8 else loaded.dtype_name
         kv_type = resolve_dtype(kv_dtype, auto_kv, KV_DTYPES, "kv_dtype")
         kv_name = next(name for name, t in KV_DTYPES.items() if t == kv_type)
-        length, num_pages = size_cache(config, kv_name, max_model_len, max_num_seqs, free_bytes(where))
+        on_gpu = where.type == "cuda"
+        batched_tokens = max_batched_tokens or (GPU_BATCHED_TOKENS if on_gpu else CPU_BATCHED_TOKENS)
+        share = GPU_KV_SHARE if on_gpu else CPU_KV_SHARE
+        workspace = workspace_bytes(config, num_tokens=batched_tokens, num_seqs=max_num_seqs, dtype=loaded.dtype_name)
+        budget = max(int((free_bytes(where) - sum(workspace.values())) * share), 0)
+        length, num_pages = size_cache(config, kv_name, max_model_len, max_num_seqs, budget)
         options = EngineOptions(
-            max_model_len=length, num_pages=num_pages, max_num_seqs=max_num_seqs, seed=seed, cuda_graphs=cuda_graphs
+            max_model_len=length,
+            num_pages=num_pages,
+            max_num_seqs=max_num_seqs,
+            max_batched_tokens=batched_tokens,
+            max_mixed_tokens=max_mixed_tokens or (GPU_MIXED_TOKENS if on_gpu else None),
+            prefix_caching=prefix_caching,
+            seed=seed,
+            overlap=on_gpu,
+            padded_decode=on_gpu and cuda_graphs,
         )
         self.config = config
         self.tokenizer = loaded.tokenizer
         self.max_model_len = length
         self.device = where
         self.sampling_defaults = loaded.defaults.sampling
-        self._engine: Engine | None = Engine(config, loaded.weights, kv_dtype=kv_type, options=options)
-        self._live: dict[Request, SequenceText] = {}
+        engine = Engine(config, loaded.weights, kv_dtype=kv_type, options=options)
+        self.text_engine = TextEngine(engine, self.tokenizer, self.sampling_defaults)
         if self.sampling_defaults:
             values = ", ".join(f"{k}={v}" for k, v in self.sampling_defaults.items())
             print(
@@ -111,17 +124,22 @@ class LLM:
             )
 
     def generate(
-        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | None = None, *, progress: bool | None = None
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        progress: bool | None = None,
     ) -> list[Result]:
         """Complete each prompt (text or token ids); results come in the order of the prompts.
 
-        `progress` shows a bar on stderr; None = only for several prompts on a terminal.
+        `params` are for all prompts, or a list with those of each. `progress` shows a bar on stderr; None = only for
+        several prompts on a terminal.
 
         Raises:
             RequestError: a prompt or parameter that cannot be served; nothing has run then.
         """
-        conversations = [self._plain(p) for p in _as_list(prompts)]
-        return self._run(conversations, params or SamplingParams(), progress)
+        conversations = [self._plain(p) for p in as_list(prompts)]
+        return self._run(conversations, per_prompt(params, len(conversations)), progress)
 
     def chat(
         self,
@@ -137,7 +155,7 @@ class LLM:
         """
         several = bool(messages) and isinstance(messages[0], list)
         conversations = [prepare_chat(self.tokenizer, m, thinking) for m in (messages if several else [messages])]
-        return self._run(conversations, params or SamplingParams(), progress)
+        return self._run(conversations, per_prompt(params, len(conversations)), progress)
 
     def stream(
         self,
@@ -150,14 +168,44 @@ class LLM:
 
         The request is queued when the first delta is asked for. The last delta carries the whole result.
         """
+        conversation = self.prepare(prompt, thinking)
+        return (delta for _, delta in self._deltas([conversation], per_prompt(params, 1)))
+
+    def stream_many(
+        self,
+        prompts: Sequence[Prompt | list[Message]],
+        params: SamplingParams | None = None,
+        *,
+        thinking: bool | None = None,
+    ) -> Iterator[tuple[int, Delta]]:
+        """Like stream of several prompts at once: (number of the prompt, delta), as they come."""
+        conversations = [self.prepare(p, thinking) for p in prompts]
+        return self._deltas(conversations, per_prompt(params, len(conversations)))
+
+    def prepare(self, prompt: Prompt | list[Message], thinking: bool | None = None) -> Conversation:
+        """The token ids of text, of token ids, or of messages through the chat template.
+
+        Raises:
+            RequestError: it cannot be served.
+        """
         is_chat = isinstance(prompt, list) and bool(prompt) and isinstance(prompt[0], dict)
-        conversation = prepare_chat(self.tokenizer, prompt, thinking) if is_chat else self._plain(prompt)
-        return self._deltas(conversation, params or SamplingParams())
+        return prepare_chat(self.tokenizer, prompt, thinking) if is_chat else self._plain(prompt)
+
+    def warm_up(self) -> None:
+        """Do now what the first steps of each batch size would have to: on a GPU, capture the decode steps."""
+        self.engine.warm_up()
+
+    def metrics(self) -> Metrics:
+        """What the engine is doing, and how fast."""
+        return self.engine.metrics()
+
+    @property
+    def engine(self) -> Engine:
+        return self.text_engine.engine
 
     def close(self) -> None:
         """Free the weights and the cache; the object cannot be used afterwards. Closing twice is harmless."""
-        self._engine = None
-        self._live.clear()
+        self.text_engine.close()
 
     def __enter__(self) -> LLM:
         return self
@@ -165,111 +213,61 @@ class LLM:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _open_engine(self) -> Engine:
-        if self._engine is None:
-            raise RequestError("this LLM is closed; make a new one")
-        return self._engine
-
     def _plain(self, prompt: Prompt) -> Conversation:
         if not isinstance(prompt, str):
-            return Conversation(None, _token_ids(prompt))
+            return Conversation(None, token_ids(prompt))
         if not prompt:
             raise RequestError("the prompt is empty; give at least one character")
         if self.tokenizer is None:
             raise RequestError("this checkpoint has no tokenizer.json; give token ids instead of text")
         return Conversation(prompt, self.tokenizer.encode(prompt))
 
-    def _start(self, conversations: list[Conversation], params: SamplingParams) -> list[list[SequenceText]]:
-        """Queue n sequences per conversation; if one is refused, none is left queued."""
-        engine = self._open_engine()
-        if not isinstance(params, SamplingParams):
-            raise RequestError(f"params is {type(params).__name__}, want SamplingParams")
-        if params.stop and self.tokenizer is None:
-            raise RequestError("stop strings need a tokenizer, and this checkpoint has no tokenizer.json")
-        started: list[list[SequenceText]] = []
-        with contextlib.ExitStack() as undo:
-            for conversation in conversations:
-                if params.max_thinking_tokens is not None and conversation.profile is None:
-                    raise RequestError("max_thinking_tokens needs chat with a model that has a reasoning switch")
-                resolved = params.resolve(self.sampling_defaults | conversation.sampling)
-                group = []
-                for index in range(params.n):
-                    request = engine.add_request(conversation.token_ids, resolved, sample_index=index)
-                    resolved = dataclasses.replace(resolved, prompt_logprobs=None)  # once per prompt is enough
-                    undo.callback(engine.abort, request)
-                    group.append(
-                        SequenceText(
-                            request, index, self.tokenizer, conversation.profile, conversation.starts_in_thought
-                        )
-                    )
-                started.append(group)
-            undo.pop_all()
-        self._live.update((s.request, s) for group in started for s in group)
-        return started
-
-    def _step(self) -> list[Request]:
-        """One engine step and the text of every sequence it touched; returns the requests that got a token."""
-        engine = self._open_engine()
-        touched = engine.step()
-        for request in touched:
-            sequence = self._live[request]
-            sequence.advance()
-            if sequence.stopped_by is not None:
-                engine.stop_by_text(request, sequence.stopped_by)
-            if request.is_finished:
-                del self._live[request]
-        return touched
-
-    def _run(self, conversations: list[Conversation], params: SamplingParams, progress: bool | None) -> list[Result]:
-        groups = self._start(conversations, params)
+    def _run(
+        self, conversations: list[Conversation], params: list[SamplingParams], progress: bool | None
+    ) -> list[Result]:
+        text = self.text_engine
+        groups = text.start(conversations, params)
         pending = {s.request for group in groups for s in group}
         total = len(pending)
         show = progress if progress is not None else len(groups) > 1 and sys.stderr.isatty()
         try:
             with progress_bar("generating", total, unit="sequences", show=show) as bar:
                 while pending:
-                    touched = self._step()
+                    touched = text.step()
                     pending.difference_update(r for r in touched if r.is_finished)
                     bar(total - len(pending), len(touched))
         finally:
-            self._cancel(groups)
+            text.cancel(groups)
         return [make_result(c, group) for c, group in zip(conversations, groups, strict=True)]
 
-    def _deltas(self, conversation: Conversation, params: SamplingParams) -> Iterator[Delta]:
-        sequences = self._start([conversation], params)[0]
+    def _deltas(self, conversations: list[Conversation], params: list[SamplingParams]) -> Iterator[tuple[int, Delta]]:
+        text = self.text_engine
+        groups = text.start(conversations, params)
+        live = dict(enumerate(groups))
         try:
-            while any(not s.request.is_finished or s.deltas for s in sequences):
-                for sequence in sequences:
-                    while sequence.deltas:
-                        delta = sequence.deltas.popleft()
-                        if all(s.request.is_finished and not s.deltas for s in sequences):
-                            delta = dataclasses.replace(delta, result=make_result(conversation, sequences))
-                        yield delta
-                if any(not s.request.is_finished for s in sequences):
-                    self._step()
+            while live:
+                for index, group in [*live.items()]:
+                    for delta in drain(conversations[index], group):
+                        yield index, delta
+                    if is_drained(group):
+                        del live[index]
+                if live:
+                    text.step()
         finally:
-            self._cancel([sequences])
-
-    def _cancel(self, groups: list[list[SequenceText]]) -> None:
-        for sequence in (s for group in groups for s in group):
-            if self._engine is not None:
-                self._engine.abort(sequence.request)
-            self._live.pop(sequence.request, None)
+            text.cancel(groups)
 
 
-def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    """A single prompt (text, or a sequence of ids) becomes a list of one."""
-    if isinstance(prompts, str):
-        return [prompts]
-    if not isinstance(prompts, Iterable):
-        raise RequestError(f"prompts is {type(prompts).__name__}, want text, token ids, or a list of either")
-    items = list(prompts)
-    return items if all(isinstance(p, (str, Iterable)) for p in items) and items else [items]
-
-
-def _token_ids(prompt: Any) -> list[int]:
-    """Token ids of any integer type as plain ints."""
-    try:
-        return [operator.index(token) for token in prompt]
-    except TypeError:
-        raise RequestError(f"a prompt is {prompt!r:.60}, want text or a list of token ids") from None
+def _check_arguments(tensor_parallel_size: int, generation_config: str, **integers: int | None) -> None:
+    problems = Problems()
+    problems.require(
+        tensor_parallel_size == 1, f"tensor_parallel_size={tensor_parallel_size} is not supported yet, want 1"
+    )
+    problems.require(
+        generation_config in ("auto", "none"), f"generation_config={generation_config!r}, want 'auto' or 'none'"
+    )
+    for name, value in integers.items():
+        low = None if name == "seed" else 1
+        ok = type(value) is int and (low is None or value >= low)
+        ok |= value is None and name not in ("max_num_seqs", "seed")
+        problems.require(ok, f"{name}={value!r}, want an integer" + f" >= {low}" * (low is not None))
+    problems.raise_if_any(RequestError, "LLM")

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from nemotron_fast import cpu_backend, packing, reference  # noqa: F401  (cpu_backend registers the CPU kernels)
 
+RowStats = reference.RowStats
+
 _ops = torch.ops.nemotron_fast
 
 
@@ -58,6 +60,14 @@ def add_rms_norm_fp8_per_token(
     out, scale = _fp8_outputs(x, out, scale)
     _ops.add_rms_norm_fp8_per_token.default(out, scale, residual, x, weight, eps)
     return out, scale
+
+
+def row_stats(x: Tensor, norm_weight: Tensor | None = None, *, out: Tensor | None = None) -> Tensor:
+    """out [T, X/128, 2] float32: per block of 128 columns of x [T, X], sum of x^2 and largest |x * norm_weight [X]|."""
+    if out is None:
+        out = torch.empty(x.shape[0], -(-x.shape[1] // reference.STATS_BLOCK), 2, device=x.device)
+    _ops.row_stats.default(out, x, norm_weight)
+    return out
 
 
 def quantize_fp8(x: Tensor, scale: Tensor, *, out: Tensor | None = None) -> Tensor:
@@ -125,15 +135,18 @@ def packed_linear(
     out_dtype: torch.dtype = torch.bfloat16,
     x_scale: Tensor | None = None,
     weight_scale: Tensor | None = None,
+    x_rows: RowStats | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
     """out [T, N] bf16 or float32 = x [T, K] @ weight [N, K]^T; x has the weight's type.
 
     x_scale [1] or [T], weight_scale [1] or [N] float32, None is 1. `workspace`: packing.make_workspace, one per stream.
+    With `x_rows` (T <= 16), x is bf16 and is normalised and, for an e4m3 weight, quantised on its way, by x_scale [1]
+    or as the norm ops do.
     """
     if out is None:
         out = torch.empty(x.shape[0], num_rows, dtype=out_dtype, device=x.device)
-    _ops.packed_linear.default(out, x, packed, x_scale, weight_scale, workspace)
+    _ops.packed_linear.default(out, x, packed, x_scale, weight_scale, *_row_args(x_rows), workspace)
     return out
 
 
@@ -145,9 +158,14 @@ def packed_linear_add(
     *,
     x_scale: Tensor | None = None,
     weight_scale: Tensor | None = None,
+    x_rows: RowStats | None = None,
+    out_stats: Tensor | None = None,
+    next_norm_weight: Tensor | None = None,
 ) -> None:
-    """residual [T, N] bf16 += packed_linear(x [T, K]) in place."""
-    _ops.packed_linear_add.default(residual, x, packed, x_scale, weight_scale, workspace)
+    """residual [T, N] bf16 += packed_linear(x [T, K]) in place; out_stats [T, N/128, 2] = row_stats of it (T <= 16)."""
+    _ops.packed_linear_add.default(
+        residual, out_stats, x, packed, x_scale, weight_scale, *_row_args(x_rows), next_norm_weight, workspace
+    )
 
 
 def packed_swiglu(
@@ -159,17 +177,25 @@ def packed_swiglu(
     x_scale: Tensor | None = None,
     weight_scale: Tensor | None = None,
     out_scale: Tensor | None = None,
+    x_rows: RowStats | None = None,
     out: Tensor | None = None,
+    out_stats: Tensor | None = None,
 ) -> Tensor:
     """out [T, F] = silu(gate) * up of x [T, K], gate_up [2F, K] packed as such; e4m3 if there is an out_scale [1].
 
-    weight_scale [1] or [2F], in the order before packing.
+    weight_scale [1] or [2F], in the order before packing. out_stats [T, F/64, 2]: statistics of out, without a norm.
     """
     if out is None:
         dtype = torch.bfloat16 if out_scale is None else reference.FP8
         out = torch.empty(x.shape[0], width, dtype=dtype, device=x.device)
-    _ops.packed_swiglu.default(out, x, packed, x_scale, weight_scale, out_scale, workspace)
+    _ops.packed_swiglu.default(
+        out, out_stats, x, packed, x_scale, weight_scale, out_scale, *_row_args(x_rows), workspace
+    )
     return out
+
+
+def _row_args(rows: RowStats | None) -> tuple[Tensor | None, Tensor | None, float]:
+    return (None, None, 0.0) if rows is None else (rows.stats, rows.norm_weight, rows.eps)
 
 
 def silu_mul(gate_up: Tensor, *, out: Tensor | None = None) -> Tensor:

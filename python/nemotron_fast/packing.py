@@ -14,6 +14,7 @@ from nemotron_fast import _C, reference
 
 BLOCK_ROWS = 128
 TILE_BYTES = 128  # of K
+MAX_TOKENS_WITH_STATS = 16  # of rows that are read or left with statistics
 CPU_WORKSPACE_BYTES = 16  # the CPU backend needs none
 
 
@@ -66,17 +67,31 @@ def unpack_weight(packed: Tensor, num_rows: int, num_cols: int, *, gate_up: bool
 
 
 def packed_linear(
-    x_TK: Tensor, packed: Tensor, num_rows: int, x_scale: Tensor | None, weight_scale: Tensor | None
+    x_TK: Tensor,
+    packed: Tensor,
+    num_rows: int,
+    x_scale: Tensor | None,
+    weight_scale: Tensor | None,
+    x_rows: reference.RowStats | None = None,
 ) -> Tensor:
-    """x @ weight^T times the scales, [T, N], in FP32."""
+    """x @ weight^T times the scales, [T, N], in FP32. With `x_rows`, x is normalised and quantised by them first."""
+    x_TK, x_scale = _ready(x_TK, packed, x_scale, x_rows)
     return _linear(x_TK, unpack_weight(packed, num_rows, x_TK.shape[1]), x_scale, weight_scale)
 
 
 def packed_linear_add(
-    residual_TN: Tensor, x_TK: Tensor, packed: Tensor, x_scale: Tensor | None, weight_scale: Tensor | None
-) -> None:
-    """residual += x @ weight^T, which is rounded first."""
-    residual_TN += packed_linear(x_TK, packed, residual_TN.shape[1], x_scale, weight_scale).to(residual_TN.dtype)
+    residual_TN: Tensor,
+    x_TK: Tensor,
+    packed: Tensor,
+    x_scale: Tensor | None,
+    weight_scale: Tensor | None,
+    x_rows: reference.RowStats | None = None,
+    next_norm_weight: Tensor | None = None,
+) -> Tensor:
+    """residual += x @ weight^T, which is rounded first. Returns row_stats of the residual."""
+    y_TN = packed_linear(x_TK, packed, residual_TN.shape[1], x_scale, weight_scale, x_rows)
+    residual_TN += y_TN.to(residual_TN.dtype)
+    return reference.row_stats(residual_TN, next_norm_weight)
 
 
 def packed_swiglu(
@@ -86,12 +101,27 @@ def packed_swiglu(
     x_scale: Tensor | None,
     weight_scale: Tensor | None,
     out_scale: Tensor | None,
+    x_rows: reference.RowStats | None = None,
 ) -> Tensor:
     """silu(gate) * up of a packed gate_up weight, [T, F]: rounded to bf16 before and after, then e4m3 if out_scale."""
+    x_TK, x_scale = _ready(x_TK, packed, x_scale, x_rows)
     weight_XK = unpack_weight(packed, 2 * width, x_TK.shape[1], gate_up=True)
     gate_up_TX = _linear(x_TK, weight_XK, x_scale, weight_scale).bfloat16()
     h_TF = reference.silu_mul(gate_up_TX).bfloat16()
     return h_TF if out_scale is None else reference.quantize_fp8(h_TF, out_scale)
+
+
+def _ready(
+    x_TK: Tensor, packed: Tensor, x_scale: Tensor | None, x_rows: reference.RowStats | None
+) -> tuple[Tensor, Tensor | None]:
+    """x in the weight's type and its scale."""
+    if x_rows is None:
+        return x_TK, x_scale
+    if packed.dtype == torch.bfloat16:
+        return reference.apply_row_stats(x_TK, x_rows), None
+    if x_scale is not None:
+        return reference.quantize_fp8(reference.apply_row_stats(x_TK, x_rows), x_scale), x_scale
+    return reference.apply_row_stats_fp8(x_TK, x_rows)
 
 
 def _linear(x_TK: Tensor, weight_NK: Tensor, x_scale: Tensor | None, weight_scale: Tensor | None) -> Tensor:

@@ -8,6 +8,8 @@ unless a docstring says otherwise.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -15,6 +17,7 @@ from torch.nn import functional
 FP8 = torch.float8_e4m3fn
 FP8_MAX = 448.0  # largest finite e4m3
 CHUNK_ELEMENTS = 1 << 22  # of an FP8 weight that are held in FP32
+STATS_BLOCK = 128  # columns of a block of row_stats
 MIN_SCALE = 1e-12  # of a dynamic scale, so that an all-zero row divides by something
 
 
@@ -47,8 +50,46 @@ def add_rms_norm_fp8(residual_TE: Tensor, x_TE: Tensor, weight_E: Tensor, scale_
 def add_rms_norm_fp8_per_token(
     residual_TE: Tensor, x_TE: Tensor, weight_E: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """residual += x in place, then quantize_fp8_per_token of its rms_norm, which is rounded to x's type first."""
-    return quantize_fp8_per_token(add_rms_norm(residual_TE, x_TE, weight_E, eps))
+    """residual += x in place, then apply_row_stats_fp8 of its own statistics."""
+    residual_TE += x_TE
+    return apply_row_stats_fp8(residual_TE, RowStats(row_stats(residual_TE, weight_E), weight_E, eps))
+
+
+@dataclass(frozen=True)
+class RowStats:
+    """Rows whose statistics came with them, and the norm that they are still to go through."""
+
+    stats: Tensor  # [T, blocks, 2] float32: per block of columns, sum of x^2 and largest |x * norm weight|
+    norm_weight: Tensor | None = None  # None: no norm
+    eps: float = 0.0
+
+
+def row_stats(x_TX: Tensor, norm_weight: Tensor | None, block: int = STATS_BLOCK) -> Tensor:
+    """[T, blocks of columns, 2] float32: sum of x^2, largest |x * norm_weight| (|x| without a norm)."""
+    wide_TX = _wide(x_TX)
+    weighted_TX = wide_TX if norm_weight is None else wide_TX * norm_weight
+    parts = zip(wide_TX.split(block, -1), weighted_TX.split(block, -1), strict=True)
+    return torch.stack([torch.stack([x.square().sum(-1), w.abs().amax(-1)], -1) for x, w in parts], 1).float()
+
+
+def apply_row_stats(x_TX: Tensor, rows: RowStats) -> Tensor:
+    """rms_norm of x by the given statistics; x if there is no norm."""
+    if rows.norm_weight is None:
+        return x_TX
+    return rows.norm_weight * (_wide(x_TX) * _inv_rms(x_TX, rows)).to(x_TX.dtype)
+
+
+def apply_row_stats_fp8(x_TX: Tensor, rows: RowStats) -> tuple[Tensor, Tensor]:
+    """The same divided by scale [T] = largest |x * norm_weight| / rms / 448, and the scale."""
+    largest_T1 = rows.stats[..., 1].amax(-1, keepdim=True)
+    if rows.norm_weight is not None:
+        largest_T1 = largest_T1 * _inv_rms(x_TX, rows)
+    scale_T1 = (largest_T1 / FP8_MAX).clamp(min=MIN_SCALE)
+    return quantize_fp8(apply_row_stats(x_TX, rows), scale_T1), scale_T1[:, 0]
+
+
+def _inv_rms(x_TX: Tensor, rows: RowStats) -> Tensor:
+    return torch.rsqrt(rows.stats[..., 0].sum(-1, keepdim=True) / x_TX.shape[1] + rows.eps)
 
 
 def quantize_fp8(x_TX: Tensor, scale_1: Tensor) -> Tensor:

@@ -34,7 +34,8 @@ class Request:
     Tokens by position:
         [0, len(prompt))               given
         [len(prompt), num_tokens)      generated; the last one is not computed yet
-        [0, num_computed)              their KV is in `pages`
+        [num_tokens, num_expected)     sampled by a step in flight: on the device, not yet known to the host
+        [0, num_computed)              their KV is in `pages`, or will be once the steps in flight are done
     """
 
     id: int
@@ -48,18 +49,46 @@ class Request:
     status: Status = Status.WAITING
     pages: list[int] = field(default_factory=list)
     num_computed: int = 0
+    in_flight: int = 0  # tokens that steps in flight sample for it
+    page_keys: list[bytes] = field(default_factory=list)  # of its leading full pages
+    num_published: int = 0  # pages whose content other requests may use
+    num_cached: int = 0  # prompt tokens that were found in the cache when it first ran
+    sample_row: int = 0  # of the step in flight, that samples its next token
     finish_reason: str | None = None  # "stop" | "length" | "abort"
     stop_reason: int | str | None = None  # the token id or string that stopped it
     logprobs: list[TokenLogprob] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprob | None] = field(default_factory=list)  # the first token has none
-    arrived_at: float = field(default_factory=time.perf_counter)  # seconds, as are the next three
+    arrived_at: float = field(default_factory=time.perf_counter)  # seconds, as are the next four
     scheduled_at: float | None = None
     first_token_at: float | None = None
+    last_token_at: float | None = None
     finished_at: float | None = None
 
     @property
     def num_tokens(self) -> int:
         return len(self.prompt) + len(self.output)
+
+    @property
+    def num_expected(self) -> int:
+        return self.num_tokens + self.in_flight
+
+    @property
+    def sample_index(self) -> int:
+        """Which of the output's tokens the newest step in flight samples."""
+        return len(self.output) + self.in_flight - 1
+
+    @property
+    def awaits_last_token(self) -> bool:
+        """Whether the steps in flight sample the last token it may have."""
+        return len(self.output) + self.in_flight >= self.max_tokens
+
+    @property
+    def needs_known_tokens(self) -> bool:
+        """Whether its steps must wait for the one before, because they compute with tokens that the host must know."""
+        params = self.params
+        may_be_forced = params.max_thinking_tokens is not None
+        reports_prompt = params.prompt_logprobs is not None and len(self.prompt_logprobs) < len(self.prompt)
+        return params.has_penalties or reports_prompt or (may_be_forced and params.logprobs is not None)
 
     @property
     def is_finished(self) -> bool:

@@ -3,68 +3,98 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from nemotron_fast import ops
 from nemotron_fast.request import Request, TokenLogprob
+from nemotron_fast.staging import Column
 
 NAN_TOKEN = -1  # what ops.sample gives for a row of logits with a NaN
 
 
-def sample_tokens(logits_SV: Tensor, requests: list[Request]) -> tuple[list[int], list[TokenLogprob | None]]:
-    """The next token of each request, and its log-probability where asked for. `logits_SV` may be changed.
+@dataclass(frozen=True)
+class SamplingRows:
+    """The options of ops.sample, one row per sampled token."""
 
-    A request's pending forced token takes the place of the sampled one.
-    """
-    raw_SV = logits_SV
-    if any(r.params.logprobs is not None for r in requests):
-        raw_SV = logits_SV.clone()
+    temperature: Tensor  # [S] float32
+    top_k: Tensor  # [S] int32
+    top_p: Tensor  # [S] float32
+    min_p: Tensor  # [S] float32
+    seed: Tensor  # [S] int64
+    step: Tensor  # [S] int64
+
+    def sample(self, logits_SV: Tensor, out: Tensor) -> None:
+        """One token per row of logits, which may be fewer, into out [S] int64."""
+        columns = (self.temperature, self.top_k, self.top_p, self.min_p, self.seed, self.step)
+        ops.sample(logits_SV, *(c[: len(logits_SV)] for c in columns), out=out)
+
+
+def sampling_columns(requests: list[Request], num_padding: int = 0, room: int | None = None) -> list[Column]:
+    """The columns of SamplingRows for the tokens that the newest step samples; the padding rows are greedy."""
+    params = [r.params for r in requests]
+    padding = [0] * num_padding
+    columns = (
+        ([p.temperature for p in params], torch.float32),
+        ([max(p.top_k, 0) for p in params], torch.int32),
+        ([p.top_p for p in params], torch.float32),
+        ([p.min_p for p in params], torch.float32),
+        ([r.seed for r in requests], torch.int64),
+        ([r.sample_index for r in requests], torch.int64),
+    )
+    return [Column([*values, *padding], dtype, room) for values, dtype in columns]
+
+
+def changes_logits(request: Request) -> bool:
+    """Whether `adjust_logits` has something to do for the request's next token."""
+    params = request.params
+    return bool(params.logit_bias) or params.has_penalties or request.sample_index < params.min_tokens
+
+
+def adjust_logits(logits_SV: Tensor, requests: list[Request]) -> None:
+    """Add biases and apply penalties in place; with penalties all output tokens so far must be known."""
     _apply_biases(logits_SV, requests)
     _apply_penalties(logits_SV, requests)
-    tokens = _sample(logits_SV, requests).tolist()
-    for s, request in enumerate(requests):
-        if request.forced and tokens[s] != NAN_TOKEN:
-            tokens[s] = request.forced.popleft()
-    if NAN_TOKEN in tokens:
-        return tokens, [None] * len(tokens)
-    return tokens, token_logprobs(raw_SV, tokens, [r.params.logprobs for r in requests])
 
 
-def token_logprobs(logits_SV: Tensor, tokens: list[int], num_tops: list[int | None]) -> list[TokenLogprob | None]:
-    """Per row, the token's log-probability with that many alternatives; None where the number is None."""
-    rows = [s for s, top in enumerate(num_tops) if top is not None]
-    found: list[TokenLogprob | None] = [None] * len(tokens)
-    if not rows:
-        return found
-    device = logits_SV.device
-    picked = torch.tensor([tokens[s] for s in rows], device=device)
-    num_top = min(max(num_tops[s] for s in rows), logits_SV.shape[1])
-    chosen, rank, values, ids = (
-        t.tolist() for t in ops.top_logprobs(logits_SV[torch.tensor(rows, device=device)], picked, num_top)
-    )
-    for i, s in enumerate(rows):
-        top = tuple(zip(ids[i], values[i], strict=True))[: num_tops[s]]
-        found[s] = TokenLogprob(tokens[s], chosen[i], rank[i], top)
-    return found
+def top_logprobs(
+    logits_SV: Tensor, tokens_S: Tensor, requests: list[Request], num_top: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """ops.top_logprobs of the sampled tokens, on the device.
+
+    A token that is to be replaced by a forced one is counted as that, if this is known by now.
+    """
+    counted_S = tokens_S.clamp(min=0)  # NAN_TOKEN is no token
+    for row, request in enumerate(requests):
+        if request.forced and request.in_flight == 1 and request.params.logprobs is not None:
+            counted_S[row].fill_(request.forced[0])
+    return ops.top_logprobs(logits_SV, counted_S, min(num_top, logits_SV.shape[1]))
 
 
-def _sample(logits_SV: Tensor, requests: list[Request]) -> Tensor:
-    device = logits_SV.device
-    params = [r.params for r in requests]
+def token_logprobs(
+    tokens: list[int],
+    num_tops: list[int | None],
+    chosen: list[float],
+    ranks: list[int],
+    values: list[list[float]],
+    ids: list[list[int]],
+) -> list[TokenLogprob | None]:
+    """The results of ops.top_logprobs by token; None where the number of alternatives is."""
+    return [
+        None
+        if num_top is None
+        else TokenLogprob(token, chosen[s], ranks[s], tuple(zip(ids[s], values[s], strict=True))[:num_top])
+        for s, (token, num_top) in enumerate(zip(tokens, num_tops, strict=True))
+    ]
 
-    def column(values: list, dtype: torch.dtype) -> Tensor:
-        return torch.tensor(values, dtype=dtype, device=device)
 
-    return ops.sample(
-        logits_SV,
-        column([p.temperature for p in params], torch.float32),
-        column([max(p.top_k, 0) for p in params], torch.int32),
-        column([p.top_p for p in params], torch.float32),
-        column([p.min_p for p in params], torch.float32),
-        column([r.seed for r in requests], torch.int64),
-        column([len(r.output) for r in requests], torch.int64),
-    )
+def prompt_logprobs(logits_SV: Tensor, tokens: list[int], num_top: int) -> list[TokenLogprob | None]:
+    """The given tokens' log-probabilities, with so many alternatives."""
+    targets = torch.tensor(tokens, device=logits_SV.device)
+    found = ops.top_logprobs(logits_SV, targets, min(num_top, logits_SV.shape[1]))
+    return token_logprobs(tokens, [num_top] * len(tokens), *(t.tolist() for t in found))
 
 
 def _apply_biases(logits_SV: Tensor, requests: list[Request]) -> None:
@@ -74,7 +104,7 @@ def _apply_biases(logits_SV: Tensor, requests: list[Request]) -> None:
     values: list[float] = []
     for s, request in enumerate(requests):
         bias = dict(request.params.logit_bias)
-        if len(request.output) < request.params.min_tokens:
+        if request.sample_index < request.params.min_tokens:
             bias |= dict.fromkeys(request.stop_ids, -torch.inf)
         rows += [s] * len(bias)
         ids += bias.keys()

@@ -2,8 +2,11 @@
 """Which tokens of which requests run in the next step.
 
 First come, first served: running requests go on before waiting ones start, long prompts run in chunks under
-one token budget, and when pages run out the youngest running request gives its pages back and is computed
-again later.
+one token budget of which decoding takes its share first, and when pages run out the youngest running request
+gives its pages back and is computed again later.
+
+A step may be planned while the one before is in flight: a request whose next token is being sampled then goes
+on from a token that only the device knows. `receive` takes in the tokens once they are known.
 """
 
 from __future__ import annotations
@@ -13,8 +16,10 @@ from collections import deque
 from dataclasses import dataclass
 
 from nemotron_fast.errors import CapacityError
-from nemotron_fast.pages import PAGE_SIZE, PageAllocator, pages_for
+from nemotron_fast.pages import PAGE_SIZE, PagePool, page_key, pages_for
 from nemotron_fast.request import Request, Status
+
+MIN_PROMPT_TOKENS = 64  # of a step, however many others decode
 
 
 @dataclass(frozen=True)
@@ -24,18 +29,34 @@ class Chunk:
     request: Request
     start: int
     stop: int
-
-    @property
-    def samples(self) -> bool:
-        """Whether the chunk ends at the last known token, so that the next one can be sampled."""
-        return self.stop == self.request.num_tokens
+    samples: bool  # whether it ends at the last token there is, so that the next one is sampled
 
 
 class Scheduler:
-    def __init__(self, num_pages: int, *, max_num_seqs: int, max_batched_tokens: int) -> None:
-        self.pages = PageAllocator(num_pages)
+    """Args:
+    max_batched_tokens: tokens of one step.
+    max_mixed_tokens: tokens of a step that both decodes and computes prompts, so that prompts bound its time; None:
+        no bound but the one above.
+    prefix_caching: use pages again that hold the same tokens.
+    """
+
+    def __init__(
+        self,
+        num_pages: int,
+        *,
+        max_num_seqs: int,
+        max_batched_tokens: int,
+        max_mixed_tokens: int | None = None,
+        prefix_caching: bool = True,
+    ) -> None:
+        self.pages = PagePool(num_pages)
         self.max_num_seqs = max_num_seqs
         self.max_batched_tokens = max_batched_tokens
+        self.max_mixed_tokens = max_mixed_tokens or max_batched_tokens
+        self.prefix_caching = prefix_caching
+        self.num_looked_up = 0  # tokens of started requests that the cache was asked for
+        self.num_found = 0  # and those it had
+        self.num_preempted = 0  # times a request gave its pages back
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []  # in order of arrival
 
@@ -58,68 +79,149 @@ class Scheduler:
         self.waiting.append(request)
 
     def next(self) -> list[Chunk]:
-        """The chunks of the next step; empty only if there is no work."""
-        budget = self.max_batched_tokens
+        """Plan the next step; empty if there is no work, or none before a token in flight is known."""
+        num_decoding = sum(_is_decoding(r) for r in self.running)
+        decode_budget = self.max_batched_tokens
+        prompt_budget = max(decode_budget - num_decoding, 0)
+        if num_decoding:
+            prompt_budget = min(prompt_budget, max(self.max_mixed_tokens - num_decoding, MIN_PROMPT_TOKENS))
         chunks: list[Chunk] = []
         num_running = len(self.running)
         for request in list(self.running):
-            if budget == 0:
-                break
-            if request.status is not Status.RUNNING:
-                continue  # preempted by an older request of this same step
-            chunk = self._grow(request, budget)
-            if chunk is not None:
-                chunks.append(chunk)
-                budget -= chunk.stop - chunk.start
-        preempted = len(self.running) < num_running  # then the pages are needed by those that stayed
-        while self.waiting and budget and not preempted and len(self.running) < self.max_num_seqs:
-            request = self.waiting[0]
-            pages = self.pages.allocate(pages_for(min(request.num_tokens, budget)))
-            if pages is None:
-                break
-            self.waiting.popleft()
-            request.pages, request.status = pages, Status.RUNNING
-            request.scheduled_at = request.scheduled_at or time.perf_counter()
-            self.running.append(request)
-            chunk = Chunk(request, 0, min(request.num_tokens, budget))
-            chunks.append(chunk)
-            budget -= chunk.stop
+            if request.status is not Status.RUNNING or request.awaits_last_token:
+                continue  # preempted by an older request of this same step, or computed to its end
+            decoding = _is_decoding(request)
+            num_tokens = min(request.num_expected - request.num_computed, decode_budget if decoding else prompt_budget)
+            if num_tokens == 0 or not self._grow(request, request.num_computed + num_tokens):
+                continue
+            chunks.append(self._plan(request, num_tokens))
+            if decoding:
+                decode_budget -= 1
+            else:
+                prompt_budget -= num_tokens
+        if len(self.running) == num_running:  # else the pages are needed by those that stayed
+            chunks += self._admit(prompt_budget)
         return chunks
 
-    def commit(self, chunks: list[Chunk]) -> None:
-        """Record that the chunks were computed, and take back the pages of finished requests."""
-        for chunk in chunks:
-            chunk.request.num_computed = chunk.stop
-            if chunk.request.is_finished:
-                self.remove(chunk.request)
+    def receive(self, request: Request, token: int) -> bool:
+        """Take in the token that the oldest step in flight sampled for a request; False if it came too late."""
+        request.in_flight -= 1
+        if request.is_finished:  # by an earlier token, or aborted
+            return False
+        request.append(token)
+        if request.is_finished:
+            self.remove(request)
+        return True
 
     def remove(self, request: Request) -> None:
-        """Forget a request wherever it is; its pages are free afterwards."""
+        """Forget a request wherever it is; its pages are free afterwards.
+
+        A step in flight may still write to them: whatever uses them next comes after it on the device.
+        """
         if request in self.running:
             self.running.remove(request)
         elif request in self.waiting:
             self.waiting.remove(request)
         self._release(request)
 
-    def _grow(self, request: Request, budget: int) -> Chunk | None:
-        """The request's next chunk with pages for it, preempting younger requests if needed."""
-        stop = min(request.num_tokens, request.num_computed + budget)
+    def check(self) -> None:
+        """The invariants between steps."""
+        assert not any(r.pages for r in self.waiting), "a waiting request holds pages"
+        self.pages.check(r.pages for r in self.running)
+
+    def _admit(self, budget: int) -> list[Chunk]:
+        """Start waiting requests that the pool holds whole, as they are now."""
+        chunks = []
+        while self.waiting and budget and len(self.running) < self.max_num_seqs:
+            request = self.waiting[0]
+            shared = self._find_prefix(request)
+            if request.in_flight or not self.pages.can_hold(shared, pages_for(request.num_tokens) - len(shared)):
+                break
+            self.waiting.popleft()
+            self._start(request, shared)
+            num_tokens = min(request.num_tokens - request.num_computed, budget)
+            grown = self._grow(request, request.num_computed + num_tokens)
+            assert grown, "the pool holds the whole request"
+            chunks.append(self._plan(request, num_tokens))
+            budget -= num_tokens
+        return chunks
+
+    def _start(self, request: Request, shared: list[int]) -> None:
+        self.pages.share(shared)
+        request.pages, request.num_published = shared, len(shared)
+        request.num_computed = len(shared) * PAGE_SIZE
+        self.num_looked_up += request.num_tokens
+        self.num_found += request.num_computed
+        if request.scheduled_at is None:
+            request.scheduled_at = time.perf_counter()
+            request.num_cached = request.num_computed
+        request.status = Status.RUNNING
+        self.running.append(request)
+
+    def _find_prefix(self, request: Request) -> list[int]:
+        """Cached pages that the request can begin with; at least one token is left to compute."""
+        wants_prompt = request.params.prompt_logprobs is not None and len(request.prompt_logprobs) < len(request.prompt)
+        if not self.prefix_caching or wants_prompt:
+            return []
+        return self.pages.find(_keys(request, (request.num_tokens - 1) // PAGE_SIZE))
+
+    def _plan(self, request: Request, num_tokens: int) -> Chunk:
+        """The request's next chunk, recorded as computed.
+
+        Pages that a prompt's chunk fills are there for requests of the same step already: a step appends all KV of
+        a block before its attention. The token of a decoding request counts from the next step on, so that a
+        kernel may append and attend at once.
+        """
+        start = request.num_computed
+        request.num_computed = start + num_tokens
+        samples = request.num_computed == request.num_expected
+        request.in_flight += samples
+        self._publish(request, request.num_computed if num_tokens > 1 else start)
+        return Chunk(request, start, request.num_computed, samples)
+
+    def _publish(self, request: Request, num_computed: int) -> None:
+        if not self.prefix_caching:
+            return
+        count = min(num_computed, request.num_tokens) // PAGE_SIZE
+        keys = _keys(request, count)
+        for index in range(request.num_published, count):
+            self.pages.publish(request.pages[index], keys[index])
+        request.num_published = max(request.num_published, count)
+
+    def _grow(self, request: Request, stop: int) -> bool:
+        """Pages for the request's tokens below `stop`, preempting younger requests, or itself, if needed."""
         while True:
             pages = self.pages.allocate(pages_for(stop) - len(request.pages))
             if pages is not None:
                 request.pages += pages
-                return Chunk(request, request.num_computed, stop)
+                return True
             youngest = self.running[-1]
             self._preempt(youngest)
             if youngest is request:
-                return None
+                return False
 
     def _preempt(self, request: Request) -> None:
         self.running.remove(request)
         self._release(request)
-        request.status, request.num_computed = Status.WAITING, 0
+        request.status = Status.WAITING
         self.waiting.appendleft(request)
+        self.num_preempted += 1
 
     def _release(self, request: Request) -> None:
-        self.pages.release(request.pages)
-        request.pages = []
+        if request.pages:
+            self._publish(request, request.num_computed)
+            self.pages.release(request.pages)
+        request.pages, request.num_computed, request.num_published = [], 0, 0
+
+
+def _is_decoding(request: Request) -> bool:
+    return request.num_expected - request.num_computed == 1 and not request.awaits_last_token
+
+
+def _keys(request: Request, count: int) -> list[bytes]:
+    """The keys of the request's first `count` pages; all their tokens are known."""
+    keys = request.page_keys
+    while len(keys) < count:
+        begin = len(keys) * PAGE_SIZE
+        keys.append(page_key(keys[-1] if keys else b"", request.tokens(begin, begin + PAGE_SIZE)))
+    return keys[:count]

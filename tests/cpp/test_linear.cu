@@ -6,11 +6,14 @@
 #include <cstring>
 #include <vector>
 
-#include "kernels/common/check.h"
+#include "gpu_testing.h"
 #include "kernels/linear/linear.h"
-#include "testing.h"
 
 namespace {
+
+using testing::check;
+using testing::DeviceArray;
+using testing::fill_normal;
 
 struct Case {
   int num_rows, num_cols;
@@ -27,44 +30,6 @@ const int kTokensOfLarge[] = {1, 9, 64, 100, 256, 600}, kTokensOfTiny[] = {9, 64
 enum Size { kEverything, kSmallCases, kTinyCases } size = kEverything;
 constexpr int kMaxTokens = 2100;
 constexpr int kPadding = 16;  // between rows of the output
-
-template <class T>
-class DeviceArray {
- public:
-  explicit DeviceArray(size_t size) : size_(size) { NF_CUDA(cudaMalloc(&data_, size * sizeof(T))); }
-  ~DeviceArray() { cudaFree(data_); }
-  DeviceArray(const DeviceArray&) = delete;
-  DeviceArray& operator=(const DeviceArray&) = delete;
-  T* get() const { return data_; }
-  void fill(int byte) const { NF_CUDA(cudaMemset(data_, byte, size_ * sizeof(T))); }
-  std::vector<T> read() const {
-    std::vector<T> host(size_);
-    NF_CUDA(cudaMemcpy(host.data(), data_, size_ * sizeof(T), cudaMemcpyDeviceToHost));
-    return host;
-  }
-
- private:
-  T* data_ = nullptr;
-  size_t size_;
-};
-
-__device__ float hash_normal(uint64_t i, uint32_t seed) {  // the sum of four uniforms, variance 1
-  float sum = 0.0f;
-  for (int j = 0; j < 4; ++j) {
-    uint64_t v = (i * 4 + j + 1) * 0x9E3779B97F4A7C15ull + seed * 0xD1B54A32D192ED03ull;
-    v = (v ^ v >> 30) * 0xBF58476D1CE4E5B9ull;
-    v = (v ^ v >> 27) * 0x94D049BB133111EBull;
-    sum += float((v ^ v >> 31) >> 40) * 0x1p-24f - 0.5f;
-  }
-  return sum * 1.7320508f;
-}
-
-template <class T>
-__global__ void fill_normal(T* values, int64_t size, uint32_t seed, float scale, float offset) {
-  for (int64_t i = blockIdx.x * int64_t(blockDim.x) + threadIdx.x; i < size;
-       i += int64_t(gridDim.x) * blockDim.x)
-    values[i] = T(hash_normal(i, seed) * scale + offset);
-}
 
 // A warp per sample: sums in double. want[s] = the result, magnitude[s] = the root of the sum of the squared
 // products
@@ -148,6 +113,7 @@ struct Problem {
             .weight_scale_per_row = true,
             .out_type = type,
             .epilogue = nf::Epilogue::kStore,
+            .schedule = nf::make_linear_schedule(c.num_rows, c.num_cols, sizeof(T), num_sms()),
             .num_sms = num_sms()};
   }
 
@@ -162,10 +128,6 @@ struct Problem {
     return out.read();
   }
 };
-
-void check(bool ok, const std::string& message) {
-  if (!ok) throw std::runtime_error(message);
-}
 
 std::string name(const Case& c, int num_tokens, size_t element_bytes) {
   return "N=" + std::to_string(c.num_rows) + " K=" + std::to_string(c.num_cols) +
@@ -326,10 +288,7 @@ void check_rejects() {
 }  // namespace
 
 int main(int argc, char** argv) {
-  int num_gpus = 0, major = 0;
-  if (cudaGetDeviceCount(&num_gpus) == cudaSuccess && num_gpus > 0)
-    cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0);
-  if (major != 9) {
+  if (!testing::is_hopper()) {
     std::puts("skipped: no GPU of sm_90");
     return testing::kSkipped;
   }

@@ -189,7 +189,7 @@ def test_cuda_graph_replays_with_new_inputs(tokens: int) -> None:
 @pytest.mark.gpu
 def test_rejects() -> None:
     inputs = make(64, 64, torch.bfloat16, "cuda")
-    with pytest.raises(RuntimeError, match="x: dtype is Float, want Float8_e4m3fn or BFloat16|packed: dtype"):
+    with pytest.raises(RuntimeError, match="x: dtype is Float, want BFloat16"):
         ops.packed_linear(inputs.x.float(), inputs.packed, 64, inputs.workspace)
     with pytest.raises(RuntimeError, match="workspace: is too small"):
         ops.packed_linear(inputs.x, inputs.packed, 64, inputs.workspace[:4096])

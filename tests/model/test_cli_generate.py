@@ -248,3 +248,32 @@ def test_bench_latency(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> No
     assert "the prompt has 5000 tokens" in capsys.readouterr().err.splitlines()[-1]
     assert main([*argv, "--device", "cpu", "--max-num-seqs", "2"]) == 2
     assert "at least the largest batch, 3" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_bench_throughput(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    out = tmp_path / "out.json"
+    argv = ["bench", "throughput", "--model", "demo", "--device", "cpu", "--max-num-seqs", "3"]
+    sizes = ("--num-prompts", "5", "--input-len", "9", "--output-len", "4")
+    assert main([*argv, *sizes, "--json", "--out", str(out)]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report == json.loads(out.read_text())
+    assert (report["num_requests"], report["total_input_tokens"], report["total_output_tokens"]) == (5, 45, 20)
+    assert report["tokens_per_second"] == pytest.approx(65 / report["elapsed_time"])
+    assert 0 < report["median_itl_ms"] <= report["p99_itl_ms"] and report["max_num_seqs"] == 3
+
+
+def test_bench_throughput_of_a_dataset(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    dataset = tmp_path / "prompts.jsonl"
+    entries = [{"prompt": "To be, or not to be " * 20, "max_tokens": n} for n in (2, 3, 4)] + [{"prompt": [5, 6]}]
+    dataset.write_text("\n".join(json.dumps(e) for e in entries) + "\n\n")
+    argv = ["bench", "throughput", "--model", "demo", "--device", "cpu", "--dataset", str(dataset), "--output-len", "2"]
+    assert main([*argv, "--prefix-caching", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["total_output_tokens"] == 2 + 3 + 4 + 2 and report["prefix_hit_rate"] > 0.3
+    assert main([*argv, "--num-prompts", "1"]) == 0
+    assert capsys.readouterr().out.startswith("1 requests in ")
+    for text, message in (("", "holds no prompts"), ("{", "line 1"), ('{"a": 1}', 'want an object with "prompt"')):
+        dataset.write_text(text)
+        assert main(argv) == 2
+        assert message in capsys.readouterr().err.splitlines()[-1]
+    assert main([*argv[:-4], "--dataset", str(tmp_path / "none")]) == 2

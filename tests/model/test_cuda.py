@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The whole engine on a GPU against the CPU backend: the same greedy tokens, except where two are nearly tied."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -60,6 +62,40 @@ def test_graphs_change_nothing():
     for cuda_graphs in (True, False):
         with LLM("demo", device="cuda", cuda_graphs=cuda_graphs) as llm:
             results.append([r.outputs for r in llm.generate(PROMPTS, params)])
+    assert results[0] == results[1]
+
+
+def test_steps_in_flight_change_nothing(pair, monkeypatch):
+    llm = pair[0]
+    kinds = (
+        {"temperature": 0.9, "seed": 1},
+        {"temperature": 0.7, "seed": 2, "top_k": 9, "stop": ["e "]},
+        {"temperature": 0, "repetition_penalty": 1.3},
+        {"temperature": 0, "logprobs": 2, "min_tokens": 20},
+        {"temperature": 1.0, "seed": 5, "logit_bias": {40: 3}, "min_tokens": 9},
+    )
+    results = []
+    for overlap in (True, False):
+        monkeypatch.setattr(llm.engine, "options", dataclasses.replace(llm.engine.options, overlap=overlap))
+        params = [SamplingParams(max_tokens=12 + 5 * i, **kinds[i % 5]) for i in range(len(PROMPTS) * 5)]
+        plain = [p for p in params if p.logprobs is None and p.repetition_penalty is None]
+        results.append([r.outputs for chosen in (plain, params) for r in llm.generate(PROMPTS * 5, fill(chosen))])
+    assert results[0] == results[1]
+
+
+def fill(params: list[SamplingParams]) -> list[SamplingParams]:
+    """As many as there are prompts, from the start again where they run out."""
+    return [params[i % len(params)] for i in range(len(PROMPTS) * 5)]
+
+
+def test_warm_up_changes_nothing():
+    params = SamplingParams(max_tokens=20, temperature=0, logprobs=0)
+    results = []
+    for warm in (True, False):
+        with LLM("demo", device="cuda", max_num_seqs=20) as llm:
+            if warm:
+                llm.warm_up()
+            results.append([r.outputs for r in llm.generate(PROMPTS * 3, params)])
     assert results[0] == results[1]
 
 

@@ -22,7 +22,7 @@ def make_engine(folder, *, dtype=torch.float32, kv_dtype=None, quantize=None, **
     config = ModelConfig.from_path(folder)
     quant = read_quant_config(folder)
     weights = load_weights(folder, config, quant, device=torch.device("cpu"), dtype=dtype, quantize=quantize)
-    sizes = {"max_model_len": 256, "num_pages": 32, "max_batched_tokens": 64} | options
+    sizes = {"max_model_len": 256, "num_pages": 32, "max_batched_tokens": 64, "debug": True} | options
     return Engine(config, weights, kv_dtype=kv_dtype or dtype, options=EngineOptions(**sizes))
 
 
@@ -30,8 +30,8 @@ def run(engine: Engine, prompts: list[list[int]], params=GREEDY):
     requests = [engine.add_request(p, params) for p in prompts]
     while engine.has_work:
         engine.step()
-    engine.scheduler.pages.check()
-    assert engine.scheduler.pages.num_free == engine.scheduler.pages.num_pages, "pages leaked"
+    engine.scheduler.check()
+    assert engine.scheduler.pages.num_held == 0, "pages leaked"
     return requests
 
 

@@ -1,15 +1,59 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The fixed buffers of the decode graphs compute what a batch built for the occasion does."""
+"""Padded decode steps, steps launched before the last tokens are known: the tokens are those of the plain engine."""
+
+import random
 
 import oracle
 import pytest
-import torch
-from test_forward import make_engine
+from test_forward import make_engine, run
 
 from nemotron_fast import SamplingParams
-from nemotron_fast.batch import build_batch
-from nemotron_fast.graphs import DecodeBatch, padded_sizes
+from nemotron_fast.errors import RequestError
+from nemotron_fast.graphs import padded_size, padded_sizes
 from nemotron_fast.sampling_params import NEUTRAL
+
+MODES = {
+    "padded": {"padded_decode": True},
+    "overlapped": {"overlap": True},
+    "both": {"padded_decode": True, "overlap": True},
+}
+KINDS = {
+    "greedy": {"temperature": 0.0},
+    "seeded": {"temperature": 0.9, "seed": 11, "top_k": 20},
+    "ends early": {"temperature": 1.0, "seed": 4, "stop_token_ids": tuple(range(0, 256, 7))},
+    "min_tokens and bias": {
+        "seed": 5,
+        "min_tokens": 6,
+        "stop_token_ids": tuple(range(0, 192, 3)),
+        "logit_bias": {9: 5},
+    },
+    "penalties": {"temperature": 0.0, "repetition_penalty": 1.4, "presence_penalty": 0.5},
+    "logprobs": {"temperature": 0.7, "seed": 2, "logprobs": 3, "prompt_logprobs": 1},
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model")
+    oracle.random_checkpoint(0, path, blocks=[(2, 256), ("linear", None), (1, 256)])
+    return path
+
+
+def params_of(kind: str, max_tokens: int) -> SamplingParams:
+    options = {"max_tokens": max_tokens, "ignore_eos": True} | KINDS[kind]
+    return SamplingParams(**NEUTRAL | options)
+
+
+def assert_same(found, want) -> None:
+    """Log-probabilities but for what a CPU's matrix product owes to the number of rows."""
+    for mine, theirs in zip(found, want, strict=True):
+        assert (mine.output, mine.finish_reason, mine.stop_reason) == (
+            theirs.output,
+            theirs.finish_reason,
+            theirs.stop_reason,
+        )
+        values = [[e.logprob for e in (*r.prompt_logprobs[1:], *r.logprobs)] for r in (mine, theirs)]
+        assert values[0] == pytest.approx(values[1], abs=1e-4)
 
 
 def test_padded_sizes():
@@ -17,29 +61,78 @@ def test_padded_sizes():
     assert padded_sizes(5) == [1, 2, 4, 5]
     sizes = padded_sizes(300)
     assert sizes[-1] == 300 and sizes == sorted(set(sizes)) and {1, 8, 64, 128, 256} <= set(sizes)
+    assert [padded_size(sizes, n) for n in (1, 3, 4, 9, 257, 300)] == [1, 4, 4, 16, 300, 300]
 
 
-@pytest.mark.parametrize("size", [3, 4, 7])
-def test_padded_rows_change_nothing(size, tmp_path):
-    oracle.random_checkpoint(0, tmp_path, blocks=[(2, 256), ("linear", None), (1, 256)])
-    engine = make_engine(tmp_path, num_pages=12)
-    scratch = 11
-    engine.scheduler.pages.allocate(12)  # of which the scratch page is never given to a request
-    engine.scheduler.pages.release(list(range(11)))
-    params = SamplingParams(**NEUTRAL | {"temperature": 0.0}, max_tokens=9, ignore_eos=True)
-    for length in (3, 70, 64):
-        engine.add_request(list(range(length)), params)
-    while not engine.scheduler.running or any(r.num_computed < len(r.prompt) for r in engine.scheduler.running):
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("mode", MODES)
+def test_tokens_are_those_of_the_plain_engine(mode, kind, folder):
+    prompts = [[(7 * i + n) % 256 for i in range(n)] for n in (3, 70, 64, 1, 33)]
+    want = run(make_engine(folder), prompts, params_of(kind, 12))
+    engine = make_engine(folder, **MODES[mode])
+    assert_same(run(engine, prompts, params_of(kind, 12)), want)
+    assert not engine.has_work
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_mixed_requests_with_preemption_and_arrivals(seed, folder):
+    """All kinds at once, a pool too small for them, arrivals in between: each equals its run alone."""
+    rng = random.Random(seed)
+    plans = [
+        ([rng.randrange(256) for _ in range(rng.randint(1, 90))], params_of(rng.choice([*KINDS]), rng.randint(6, 40)))
+        for _ in range(8)
+    ]
+    alone = make_engine(folder)
+    want = [run(alone, [prompt], params)[0] for prompt, params in plans]
+    mode = MODES[rng.choice([*MODES])]
+    engine = make_engine(folder, num_pages=rng.choice([4, 6]), max_num_seqs=5, max_batched_tokens=48, **mode)
+    requests = []
+    while len(requests) < len(plans) or engine.has_work:
+        if len(requests) < len(plans) and rng.random() < 0.3:
+            requests.append(engine.add_request(*plans[len(requests)]))
         engine.step()
-    static = DecodeBatch(8, max_pages=5, scratch_page=scratch, device=engine.device)
-    with torch.inference_mode():
-        for _ in range(3):
-            chunks = engine.scheduler.next()
-            want = engine.model.forward(build_batch(chunks, engine.device), engine.cache)
-            static.load(chunks, size)
-            got = engine.model.forward(static.buffers(size), engine.cache)
-            assert got.shape[0] == size
-            torch.testing.assert_close(got[:3], want, rtol=1e-5, atol=1e-5)
-            for chunk in chunks:
-                chunk.request.append(5)
-            engine.scheduler.commit(chunks)
+    assert_same(requests, want)
+    engine.scheduler.check()
+    assert engine.scheduler.pages.num_held == 0
+
+
+def test_warm_up_changes_nothing(folder):
+    prompts = [[5] * 30, [6] * 3]
+    want = run(make_engine(folder), prompts, params_of("greedy", 12))
+    engine = make_engine(folder, padded_decode=True, overlap=True, max_num_seqs=5)
+    for _ in range(2):
+        engine.warm_up()
+        assert_same(run(engine, prompts, params_of("greedy", 12)), want)
+    engine.add_request([1], params_of("greedy", 2))
+    with pytest.raises(RequestError, match="while requests are running"):
+        engine.warm_up()
+
+
+def test_an_abort_discards_the_token_in_flight(folder):
+    engine = make_engine(folder, overlap=True)
+    stays, goes = (engine.add_request([n] * 5, params_of("greedy", 20)) for n in (1, 2))
+    want = run(make_engine(folder), [[1] * 5], params_of("greedy", 20))[0].output
+    for _ in range(4):
+        engine.step()
+    known = len(goes.output)
+    engine.abort(goes)
+    while engine.has_work:
+        assert goes not in engine.step()
+    assert len(goes.output) == known and goes.finish_reason == "abort" and stays.output == want
+
+
+@pytest.mark.parametrize("more", [{}, {"logprobs": 1, "max_thinking_tokens": 4}], ids=["plain", "logprobs"])
+def test_a_forced_token_replaces_the_one_in_flight(more, folder):
+    params = SamplingParams(**NEUTRAL | {"temperature": 0.0, "ignore_eos": True, "max_tokens": 12} | more)
+    results = []
+    for overlap in (False, True):
+        engine = make_engine(folder, overlap=overlap)
+        request = engine.add_request([3, 4, 5], params)
+        while engine.has_work:
+            if engine.step() and len(request.output) == 4:
+                request.forced.extend([77, 78, 79])
+        results.append(request)
+    assert_same(results[:1], results[1:])
+    assert results[0].output[4:7] == [77, 78, 79]
+    assert [e.token_id for e in results[1].logprobs] == (results[1].output if more else [])
+    assert all(e.logprob < e.top[0][1] for e in results[1].logprobs[4:7])

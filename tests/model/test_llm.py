@@ -35,9 +35,9 @@ def llm():
 
 
 def pool_is_free(llm: LLM) -> bool:
-    pages = llm._engine.scheduler.pages
-    pages.check()
-    return pages.num_free == pages.num_pages and not llm._live and not llm._engine.has_work
+    scheduler = llm.engine.scheduler
+    scheduler.check()
+    return scheduler.pages.num_held == 0 and not llm.text_engine.live and not llm.engine.has_work
 
 
 def test_held_out_loss_is_the_recorded_one(llm):
@@ -109,8 +109,8 @@ def test_any_sequence_of_integers_is_a_prompt(llm):
 
 
 def test_nan_logits_end_with_an_error_instead_of_garbage(llm, monkeypatch):
-    forward = llm._engine.model.forward
-    monkeypatch.setattr(llm._engine.model, "forward", lambda *a: forward(*a).fill_(math.nan))
+    forward = llm.engine.model.forward
+    monkeypatch.setattr(llm.engine.model, "forward", lambda *a: forward(*a).fill_(math.nan))
     with pytest.raises(NumericsError, match="logits of request .* are NaN with torch.bfloat16"):
         llm.generate(["To be", "O"])
     monkeypatch.undo()
@@ -257,7 +257,7 @@ def test_defaults_of_the_checkpoint_are_used_said_once_and_can_be_turned_off(tmp
 
 def test_close_frees_the_weights():
     llm = LLM("demo", device="cpu")
-    alive = weakref.ref(llm._engine.model.weights.embed)
+    alive = weakref.ref(llm.engine.model.weights.embed)
     stream = llm.stream("a", SamplingParams(max_tokens=9))
     next(stream)
     llm.close()
@@ -322,14 +322,14 @@ def reasoner(request, tmp_path_factory):
 def dictate(llm: LLM, monkeypatch, text: str) -> None:
     """Let the next requests answer with `text` and end there."""
     ids = [*llm.tokenizer.encode(text, add_special_tokens=False), llm.tokenizer.token_id("<|eot_id|>")]
-    add = llm._engine.add_request
+    add = llm.engine.add_request
 
     def add_request(*args, **kwargs):
         request = add(*args, **kwargs)
         request.forced.extend(ids)
         return request
 
-    monkeypatch.setattr(llm._engine, "add_request", add_request)
+    monkeypatch.setattr(llm.engine, "add_request", add_request)
 
 
 ASK = [{"role": "user", "content": "What is 2 + 2?"}]
@@ -352,8 +352,8 @@ def test_thinking_switch_reaches_the_prompt_and_the_sampling(reasoner, monkeypat
     name, llm = reasoner
     dictate(llm, monkeypatch, "4")
     seen = []
-    add = llm._engine.add_request
-    monkeypatch.setattr(llm._engine, "add_request", lambda ids, p, **k: seen.append(p) or add(ids, p, **k))
+    add = llm.engine.add_request
+    monkeypatch.setattr(llm.engine, "add_request", lambda ids, p, **k: seen.append(p) or add(ids, p, **k))
     on, off = (llm.chat(ASK, thinking=t)[0] for t in (True, False))
     assert [(p.temperature, p.top_p) for p in seen] == [(0.6, 0.95), (0.0, 1.0)]
     if name == "v1":

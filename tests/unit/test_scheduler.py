@@ -1,57 +1,52 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Scheduler and pages, driven by a model that answers with made-up tokens."""
-
-import random
+"""The scheduler's rules, one by one; test_scheduler_fuzz.py has them all at once."""
 
 import pytest
 
 from nemotron_fast.errors import CapacityError
-from nemotron_fast.pages import PAGE_SIZE, PageAllocator, pages_for
 from nemotron_fast.request import Request
 from nemotron_fast.sampling_params import NEUTRAL, SamplingParams
-from nemotron_fast.scheduler import Scheduler
+from nemotron_fast.scheduler import Chunk, Scheduler
 
 
-def make_request(number: int, prompt_len: int, max_tokens: int) -> Request:
-    params = SamplingParams(**NEUTRAL)
-    return Request(number, [1] * prompt_len, params, seed=0, max_tokens=max_tokens, stop_ids=frozenset())
+def make_request(number: int, prompt: int | list[int], max_tokens: int, **options) -> Request:
+    """`prompt`: its tokens, or a number of tokens that no other request has."""
+    tokens = [1000 + number] * prompt if isinstance(prompt, int) else prompt
+    params = SamplingParams(**NEUTRAL | options)
+    return Request(number, tokens, params, seed=0, max_tokens=max_tokens, stop_ids=frozenset({9}))
+
+
+def make_scheduler(num_pages: int, *requests: Request, **options) -> Scheduler:
+    scheduler = Scheduler(num_pages, **{"max_num_seqs": 4, "max_batched_tokens": 32} | options)
+    for request in requests:
+        scheduler.add(request)
+    return scheduler
+
+
+def finish_step(scheduler: Scheduler, chunks: list[Chunk]) -> list[Request]:
+    """The step's tokens arrive, all of them 2; the requests that took one."""
+    done = [c.request for c in chunks if c.samples and scheduler.receive(c.request, 2)]
+    scheduler.check()
+    return done
 
 
 def run_step(scheduler: Scheduler) -> list[Request]:
-    """One step; checks what must hold in every step."""
-    chunks = scheduler.next()
-    assert bool(chunks) == scheduler.has_work, "a step without progress while there is work"
-    assert sum(c.stop - c.start for c in chunks) <= scheduler.max_batched_tokens
-    assert len({id(c.request) for c in chunks}) == len(chunks) <= scheduler.max_num_seqs
-    pages = [p for c in chunks for p in c.request.pages]
-    assert len(set(pages)) == len(pages), "two requests share a page"
-    for chunk in chunks:
-        assert chunk.start == chunk.request.num_computed < chunk.stop <= chunk.request.num_tokens
-        assert chunk.stop <= len(chunk.request.pages) * PAGE_SIZE
-    sampled = [c.request for c in chunks if c.samples]
-    for request in sampled:
-        request.append(2)
-    scheduler.commit(chunks)
-    scheduler.pages.check()
-    return sampled
+    return finish_step(scheduler, scheduler.next())
 
 
-def test_page_allocator_gives_all_or_nothing():
-    pages = PageAllocator(3)
-    assert pages.allocate(4) is None and pages.num_free == 3
-    first = pages.allocate(2)
-    assert pages.allocate(2) is None
-    pages.release(first)
-    pages.check()
-    with pytest.raises(AssertionError, match="not held"):
-        pages.release([first[0]])
+def run(scheduler: Scheduler) -> None:
+    while scheduler.has_work:
+        run_step(scheduler)
+    assert scheduler.pages.num_held == 0
+
+
+def spans(chunks: list[Chunk]) -> list[tuple[int, int, int]]:
+    return [(c.request.id, c.start, c.stop) for c in chunks]
 
 
 def test_a_long_prompt_runs_in_chunks_beside_decoding():
-    scheduler = Scheduler(100, max_num_seqs=4, max_batched_tokens=32)
     short, long = make_request(0, 3, 20), make_request(1, 100, 2)
-    scheduler.add(short)
-    scheduler.add(long)
+    scheduler = make_scheduler(100, short, long)
     steps = 0
     while not long.is_finished:
         assert short in run_step(scheduler) or short.is_finished, "decoding stalled behind the long prompt"
@@ -59,50 +54,120 @@ def test_a_long_prompt_runs_in_chunks_beside_decoding():
     assert steps == 5  # 29 + 31 + 31 + 9 prompt tokens, then one more token
 
 
+def test_prompts_are_held_back_while_others_decode():
+    scheduler = make_scheduler(200, make_request(0, 3, 9), max_batched_tokens=2048, max_mixed_tokens=256)
+    run_step(scheduler)
+    scheduler.add(make_request(1, 6000, 1))
+    assert spans(scheduler.next()) == [(0, 3, 4), (1, 0, 255)]
+    crowd = make_scheduler(900, *(make_request(n, 2, 9) for n in range(300)), max_num_seqs=999, max_batched_tokens=2048)
+    crowd.max_mixed_tokens = 256
+    run_step(crowd)
+    crowd.add(make_request(999, 500, 1))
+    assert spans(crowd.next())[-1] == (999, 0, 64), "many decode, yet a prompt makes some progress"
+
+
 def test_a_request_larger_than_the_pool_is_refused():
-    scheduler = Scheduler(2, max_num_seqs=4, max_batched_tokens=32)
+    scheduler = make_scheduler(2)
     with pytest.raises(CapacityError, match="may need 129 tokens.*holds 128"):
         scheduler.add(make_request(0, 100, 29))
     assert not scheduler.has_work
 
 
 def test_the_youngest_gives_way_when_pages_run_out():
-    scheduler = Scheduler(2, max_num_seqs=4, max_batched_tokens=200)
     old, young = make_request(0, 60, 20), make_request(1, 60, 20)
-    scheduler.add(old)
-    scheduler.add(young)
+    scheduler = make_scheduler(2, old, young, max_batched_tokens=200)
     while not old.is_finished:
         run_step(scheduler)
-    assert not young.is_finished and 0 < len(young.output) < 20
-    while not young.is_finished:
-        run_step(scheduler)
+    assert not young.is_finished and 0 < len(young.output) < 20 and scheduler.num_preempted == 1
+    run(scheduler)
     assert len(young.output) == 20
-    assert scheduler.pages.num_free == 2
 
 
-@pytest.mark.parametrize("seed", range(200))
-def test_random_schedules_finish_and_leak_nothing(seed):
-    rng = random.Random(seed)
-    num_pages = rng.randint(3, 12)
-    scheduler = Scheduler(num_pages, max_num_seqs=rng.randint(1, 6), max_batched_tokens=rng.choice([1, 7, 64, 300]))
-    requests = []
-    for number in range(rng.randint(1, 12)):
-        total = rng.randint(2, num_pages * PAGE_SIZE)
-        prompt_len = rng.randint(max(1, total - 90), total - 1)
-        requests.append(make_request(number, prompt_len, total - prompt_len))
-    pending = list(requests)
-    for _ in range(20_000):
-        if pending and rng.random() < 0.2:
-            scheduler.add(pending.pop())
-        running = [r for r in (*scheduler.running, *scheduler.waiting)]
-        if running and rng.random() < 0.005:
-            victim = rng.choice(running)
-            victim.finish("abort")
-            scheduler.remove(victim)
-        if scheduler.has_work:
-            run_step(scheduler)
-        elif not pending:
-            break
-    assert all(r.is_finished for r in requests)
-    assert all(len(r.output) == r.max_tokens for r in requests if r.finish_reason == "length")
-    assert scheduler.pages.num_free == num_pages and pages_for(1) == 1
+def test_a_step_is_planned_while_the_one_before_is_in_flight():
+    first, second = make_request(0, 5, 3), make_request(1, 5, 9)
+    scheduler = make_scheduler(8, first, second)
+    in_flight = scheduler.next()
+    for _ in range(2):
+        ahead = scheduler.next()
+        assert [c.start for c in ahead] == [c.stop for c in in_flight] and all(c.samples for c in ahead)
+        finish_step(scheduler, in_flight)
+        in_flight = ahead
+    ahead = scheduler.next()
+    assert [c.request for c in ahead] == [second], "the first request's last token is in flight"
+    finish_step(scheduler, in_flight)
+    assert first.is_finished and len(first.output) == 3
+
+
+def test_a_token_that_comes_after_the_end_is_dropped():
+    request = make_request(0, 5, 9)
+    scheduler = make_scheduler(8, request)
+    in_flight, ahead = scheduler.next(), scheduler.next()
+    assert scheduler.receive(in_flight[0].request, 9)  # a stop token
+    assert request.finish_reason == "stop" and not scheduler.has_work and scheduler.pages.num_held == 0
+    assert not scheduler.receive(ahead[0].request, 2) and request.output == [9]
+
+
+def test_a_preempted_request_waits_for_its_token_in_flight():
+    old, young = make_request(0, 63, 20), make_request(1, 60, 20)
+    scheduler = make_scheduler(2, old, young, max_batched_tokens=200)
+    in_flight = scheduler.next()
+    assert [c.request for c in scheduler.next()] == [old, young]
+    ahead = scheduler.next()  # the old one's page 1 was the young one's page 0
+    assert [c.request for c in ahead] == [old] and scheduler.waiting[0] is young and not young.pages
+    finish_step(scheduler, in_flight)
+    assert young.output == [2] and young.in_flight == 1
+
+
+def test_a_prompt_starts_from_the_pages_of_an_equal_beginning():
+    base = list(range(150))
+    scheduler = make_scheduler(20, make_request(0, base, 3), max_batched_tokens=500)
+    run(scheduler)
+    assert scheduler.pages.num_cached == 2
+    same, other = make_request(1, base, 3), make_request(2, [*base[:70], 7, 7, *base[72:]], 3)
+    scheduler.add(same)
+    scheduler.add(other)
+    assert spans(scheduler.next()) == [(1, 128, 150), (2, 64, 150)]
+    assert same.num_cached == 128 and same.pages[0] == other.pages[0] and same.pages[1] != other.pages[1]
+    assert (scheduler.num_looked_up, scheduler.num_found) == (450, 192)
+
+
+def test_a_prompt_that_is_cached_whole_computes_its_last_page():
+    prompt = list(range(128))
+    scheduler = make_scheduler(20, make_request(0, prompt, 2), max_batched_tokens=500)
+    run(scheduler)
+    scheduler.add(make_request(1, prompt, 2))
+    assert spans(scheduler.next()) == [(1, 64, 128)]
+
+
+def test_requests_of_one_step_share_a_prompt():
+    scheduler = make_scheduler(20, *(make_request(n, list(range(130)), 2) for n in range(3)), max_batched_tokens=500)
+    assert spans(scheduler.next()) == [(0, 0, 130), (1, 128, 130), (2, 128, 130)]
+    assert scheduler.pages.num_held == 2 + 3
+    scheduler.check()
+
+
+def test_prompt_logprobs_need_the_whole_prompt():
+    prompt = list(range(100))
+    scheduler = make_scheduler(20, make_request(0, prompt, 2), max_batched_tokens=500)
+    run(scheduler)
+    scheduler.add(make_request(1, prompt, 2, prompt_logprobs=0))
+    assert spans(scheduler.next()) == [(1, 0, 100)]
+
+
+def test_caching_can_be_off():
+    scheduler = make_scheduler(20, make_request(0, [1] * 100, 2), max_batched_tokens=500, prefix_caching=False)
+    run(scheduler)
+    assert scheduler.pages.num_cached == 0 and scheduler.pages.num_free == 20
+
+
+def test_a_preempted_request_takes_its_pages_back():
+    old, young = make_request(0, 60, 20), make_request(1, 70, 20)
+    scheduler = make_scheduler(3, old, young, max_batched_tokens=200)
+    while old.num_tokens < 65:
+        run_step(scheduler)
+    run_step(scheduler)  # the old one's second page is the young one's partial second page
+    assert young in scheduler.waiting and scheduler.pages.num_cached == 1
+    while not old.is_finished:
+        run_step(scheduler)
+    chunks = scheduler.next()
+    assert [(c.request, c.start) for c in chunks] == [(young, 64)]

@@ -15,14 +15,14 @@ PACKAGE = ROOT / "python" / "nemotron_fast"
 # A module may import modules of its own and of lower tiers; tier 0 runs without torch. A folder counts for all in it.
 TIERS: dict[int, str] = {
     0: """errors dtypes files progress config config_reader blocks sharding quant_config module_patterns sampling_params
-          generation_defaults request pages scheduler hardware footprint rank_plan planner cache_size""",
+          generation_defaults request pages scheduler metrics hardware footprint rank_plan planner cache_size""",
     1: """_C ops reference packing cpu_backend rope kv_cache safetensors_file checkpoint inventory param_loader weights
-          random_weights packed_weights quantize sampling comm device""",
-    2: """batch model graphs""",
+          random_weights packed_weights quantize sampling staging comm device""",
+    2: """batch residual model graphs executor""",
     3: """engine""",
-    4: """__init__ __main__ llm outputs conversation loading sequence_text tokenizer token_bytes detokenizer
-          stop_strings chat_template template_sandbox template_rewrite template_limits reasoning reasoning_stream cli
-          models testing""",
+    4: """__init__ __main__ llm async_llm text_engine prompts outputs conversation loading sequence_text tokenizer
+          token_bytes detokenizer stop_strings chat_template template_sandbox template_rewrite template_limits
+          reasoning reasoning_stream cli models testing""",
 }
 TIER_OF = {module: tier for tier, modules in TIERS.items() for module in modules.split()}
 

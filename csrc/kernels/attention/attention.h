@@ -33,6 +33,7 @@ struct AttentionParams {
   AttentionWorkspace workspace;
   int64_t num_tokens;  // T, may be 0
   int num_seqs;        // S
+  int most_queries;    // of a sequence: those with more are not computed, their rows of `out` not touched
   int num_kv_heads;    // K
   int group;           // G = H / K, 1..16
   int head_dim;        // D, 64 or 128

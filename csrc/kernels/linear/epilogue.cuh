@@ -5,6 +5,7 @@
 
 #include "kernels/common/device.cuh"
 #include "kernels/linear/linear.h"
+#include "kernels/norm/row_stats.cuh"
 
 namespace nf {
 namespace {
@@ -36,21 +37,23 @@ __device__ __forceinline__ float silu_mul(float gate, float up) {
   return to_bf16(gate / (1.0f + __expf(-gate)) * up);
 }
 
-// y[h]: rows row + 8 h and row + 8 h + 1 of one token.
-__device__ __forceinline__ void store_pairs(const PackedLinearParams& p, const RowPair (&y)[2], int token,
-                                            int row) {
+// y[h]: rows row + 8 h and row + 8 h + 1 of one token. Returns the statistics of what it stores.
+__device__ __forceinline__ float2 store_pairs(const PackedLinearParams& p, const RowPair (&y)[2], int token,
+                                              int row) {
+  float2 stats{0.0f, 0.0f};
   if (p.epilogue == Epilogue::kSwiglu) {
     const RowPair h{silu_mul(y[0].v[0], y[1].v[0]), silu_mul(y[0].v[1], y[1].v[1])};
     const int64_t at = token * p.out_stride + row / kStripRows * (kStripRows / 2) + row % 8;
     if (p.out_type == OutType::kBfloat16) {
       *reinterpret_cast<__nv_bfloat162*>(static_cast<__nv_bfloat16*>(p.out) + at) = pack_bf16(h);
+      if (p.out_stats) stats = pair_stats({h.v[0], h.v[1]}, {1.0f, 1.0f});
     } else {
       const float scale = *p.out_scale;
       const float2 scaled{h.v[0] / scale, h.v[1] / scale};
       *reinterpret_cast<__nv_fp8x2_storage_t*>(static_cast<__nv_fp8_storage_t*>(p.out) + at) =
           __nv_cvt_float2_to_fp8x2(scaled, __NV_SATFINITE, __NV_E4M3);
     }
-    return;
+    return stats;
   }
   const int64_t at = token * p.out_stride + row;
 #pragma unroll
@@ -62,11 +65,21 @@ __device__ __forceinline__ void store_pairs(const PackedLinearParams& p, const R
     auto* out = reinterpret_cast<__nv_bfloat162*>(static_cast<__nv_bfloat16*>(p.out) + at + 8 * h);
     if (p.epilogue == Epilogue::kAdd) {
       const float2 residual = __bfloat1622float2(*out);
-      *out = pack_bf16({residual.x + to_bf16(y[h].v[0]), residual.y + to_bf16(y[h].v[1])});
+      const __nv_bfloat162 sum =
+          pack_bf16({residual.x + to_bf16(y[h].v[0]), residual.y + to_bf16(y[h].v[1])});
+      *out = sum;
+      if (p.out_stats) {
+        float2 weight{1.0f, 1.0f};
+        if (p.out_norm_weight)
+          weight =
+              __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(p.out_norm_weight + row + 8 * h));
+        stats = merge_stats(stats, pair_stats(__bfloat1622float2(sum), weight));
+      }
     } else {
       *out = pack_bf16(y[h]);
     }
   }
+  return stats;
 }
 
 __device__ __forceinline__ float row_scale(const PackedLinearParams& p, int packed_row) {
@@ -78,18 +91,19 @@ __device__ __forceinline__ float token_scale(const PackedLinearParams& p, int to
   return p.x_scale ? p.x_scale[p.x_scale_per_token ? token : 0] : 1.0f;
 }
 
-// Scales and stores the 16 rows from `strip` on of the 2 * kRegs tokens from `first_token` on.
-template <int kRegs>
+// Scales and stores the 16 rows from `strip` on of the 2 * kRegs tokens from `first_token` on. s_stats
+// [tokens]: what the warp leaves of their statistics, if they are wanted. x_scale_of(t): the scale of token
+// t's row of x.
+template <bool kOutStats, int kRegs, class ScaleOf>
 __device__ __forceinline__ void finish(const float (&r_acc)[kRegs], const PackedLinearParams& p, int strip,
-                                       int first_token, int lane) {
-  if (strip >= p.num_rows) return;
-  const bool odd_row = lane / 4 % 2 != 0;
+                                       int first_token, int lane, float2* s_stats, ScaleOf&& x_scale_of) {
+  const bool inside = strip < p.num_rows, odd_row = lane / 4 % 2 != 0;
   const int row = strip + lane / 8 * 2;
   float weight_scale[2][2];
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
 #pragma unroll
-    for (int i = 0; i < 2; ++i) weight_scale[h][i] = row_scale(p, row + 8 * h + i);
+    for (int i = 0; i < 2; ++i) weight_scale[h][i] = inside ? row_scale(p, row + 8 * h + i) : 1.0f;
   }
 #pragma unroll
   for (int i = 0; i < kRegs / 4; ++i) {
@@ -97,14 +111,23 @@ __device__ __forceinline__ void finish(const float (&r_acc)[kRegs], const Packed
     const float* r = &r_acc[i * 4];
     RowPair y[2] = {exchange(r[0], r[1], odd_row), exchange(r[2], r[3], odd_row)};
     const int token = first_token + i * 8 + lane % 4 * 2 + odd_row;
-    if (token >= p.num_tokens) continue;
-    const float x_scale = token_scale(p, token);
+    float2 stats{0.0f, 0.0f};
+    if (inside && token < p.num_tokens) {
+      const float x_scale = x_scale_of(token);
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
+      for (int h = 0; h < 2; ++h) {
 #pragma unroll
-      for (int j = 0; j < 2; ++j) y[h].v[j] *= x_scale, y[h].v[j] *= weight_scale[h][j];
+        for (int j = 0; j < 2; ++j) y[h].v[j] *= x_scale, y[h].v[j] *= weight_scale[h][j];
+      }
+      stats = store_pairs(p, y, token, row);
     }
-    store_pairs(p, y, token, row);
+    if constexpr (kOutStats) {
+      if (!p.out_stats) continue;
+#pragma unroll
+      for (int mask = 8; mask < kWarpSize; mask *= 2)  // the lanes that have the same token
+        stats = merge_stats(stats, shuffle_xor(stats, mask));
+      if (lane < 8) s_stats[token] = stats;
+    }
   }
 }
 

@@ -8,6 +8,7 @@
 #include "kernels/linear/epilogue.cuh"
 #include "kernels/ptx/mbarrier.cuh"
 #include "kernels/ptx/mma.cuh"
+#include "kernels/ptx/named_barrier.cuh"
 #include "kernels/ptx/reduce.cuh"
 #include "kernels/quant/fp8.cuh"
 
@@ -37,9 +38,7 @@ struct HalfTile {
   int barrier;  // for this warpgroup alone
   int row, token;
 
-  __device__ __forceinline__ void sync() const {
-    asm volatile("bar.sync %0, %1;" ::"r"(barrier), "n"(kWarpgroupThreads) : "memory");
-  }
+  __device__ __forceinline__ void sync() const { ptx::barrier_sync(barrier, kWarpgroupThreads); }
 
   // f(values of token 2q and 2q + 1 of the thread's row g, of its row g + 8) for its i-th 8 tokens
   template <class F>
@@ -104,7 +103,8 @@ struct HalfTile {
   __device__ __forceinline__ void store(const float (&r_acc)[kHalfRegs], int thread) const {
     const int warp = thread / kWarpSize, lane = thread % kWarpSize;
     if (p.out_type == OutType::kFloat) {
-      finish(r_acc, p, row + warp * kStripRows, token, lane);
+      finish<false>(r_acc, p, row + warp * kStripRows, token, lane, nullptr,
+                    [&](int t) { return token_scale(p, t); });
       return;
     }
     const int my_row = min(row + warp * kStripRows, p.num_rows - kStripRows) + lane / 4;

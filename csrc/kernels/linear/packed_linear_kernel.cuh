@@ -1,14 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
 // The linear of few tokens, operands swapped: weight rows are wgmma's M, tokens its N. Grid: one CTA per SM
 // (linear_schedule.h says which k tiles each takes); a producer thread streams 16 KB of packed weight and the
-// same k tile of the activations into a ring, two warpgroups multiply 64 rows each. Bandwidth bound: reads N
-// * K weight elements once, T * K activations from L2 per block. Measured on an H200: 4.4 TB/s of 4.54 for 1
-// to 8 tokens, 3.9 for 64.
+// same k tile of the activations into a ring, two warpgroups multiply 64 rows each. Where x are rows with
+// statistics, a few more warps make its tiles (tile_maker.cuh). Bandwidth bound: reads N * K weight elements
+// once, T * K activations from L2 per block. Measured on an H200: 4.4 TB/s of 4.54 for 1 to 8 tokens, 3.9 for
+// 64.
 //
 // The weights depend on no kernel, so the ring is filled before wait_for_predecessor(): HBM works while the
 // predecessor ends.
 #pragma once
 
+#include <algorithm>
+#include <atomic>
 #include <string>
 
 #include "kernels/common/check.h"
@@ -17,29 +20,39 @@
 #include "kernels/common/launch.h"
 #include "kernels/linear/epilogue.cuh"
 #include "kernels/linear/linear.h"
+#include "kernels/linear/tile_maker.cuh"
 #include "kernels/ptx/bulk_copy.cuh"
+#include "kernels/ptx/named_barrier.cuh"
 #include "kernels/ptx/tensor_map.h"
 #include "kernels/ptx/wgmma.cuh"
 
 namespace nf {
 namespace {
 
-template <class Element_, int kTokens_>
+constexpr int kStatsBarrier = 2;
+
+template <class Element_, int kTokens_, bool kMakesX_>
 struct LinearConfig {
   using Element = Element_;
-  static constexpr int kTokens = kTokens_;   // padded, the rows of an activation tile
-  static constexpr int kRegs = kTokens / 2;  // accumulators of a thread
+  static constexpr int kTokens = kTokens_;                           // padded, the rows of an activation tile
+  static constexpr bool kMakesX = kMakesX_;                          // are x rows with statistics?
+  static constexpr bool kOutStats = kTokens <= kMaxTokensWithStats;  // may they be wanted of the result?
+  static constexpr int kRegs = kTokens / 2;                          // accumulators of a thread
   static constexpr int kTileElements = kTileRowBytes / int(sizeof(Element));
 
   // wgmma keeps only some 14 bits of an e4m3 sum: it is added to FP32 registers after every k tile.
   static constexpr bool kPromote = sizeof(Element) == 1;
 
-  static constexpr int kCtas = 2;  // an SM: this kernel and its successor, which fills its ring meanwhile
   static constexpr int kStageBytes = kBlockTileBytes + kTokens * kTileRowBytes;
+  // Two CTAs share an SM, one of this kernel and one of its successor, which fills its ring meanwhile.
   static constexpr int kStages = 104 * 1024 / kStageBytes;
+  static constexpr int kCopiedBytes = kMakesX ? kBlockTileBytes : kStageBytes;  // of a stage
 
   static constexpr int kConsumerWarps = 2 * kWarpgroupThreads / kWarpSize;
-  static constexpr int kThreads = (kConsumerWarps + 1) * kWarpSize;
+  static constexpr int kMakerWarps = kMakesX ? kStages : 0;
+  static constexpr int kThreads = (kConsumerWarps + 1 + kMakerWarps) * kWarpSize;
+  // Limits the registers, for both footprints of launch_linear() to fit.
+  static constexpr int kMaxThreads = kMakesX ? 1024 : kTokens == 64 ? 640 : 800;
 };
 
 template <class C>
@@ -49,6 +62,9 @@ struct LinearSmem {
     alignas(1024) uint8_t x[C::kTokens * kTileRowBytes];  // swizzled rows
   } stage[C::kStages];
   alignas(8) uint64_t full[C::kStages], empty[C::kStages];
+  RowFactors factors[C::kMakesX ? C::kTokens : 1];  // of the rows of x
+  // Of the result's block, by warp: two, as one block's may still be read when the next block's are written.
+  float2 stats[2][C::kConsumerWarps][C::kOutStats ? C::kTokens : 1];
 };
 
 // Steps through the ring.
@@ -69,7 +85,6 @@ struct Producer {
   LinearSmem<C>& s;
   const CUtensorMap& x_map;
   const PackedLinearParams& p;
-  const LinearSchedule& schedule;
   const UnitRange range;
   const uint64_t policy = ptx::evict_first_policy();
 
@@ -77,14 +92,14 @@ struct Producer {
 
   __device__ __forceinline__ void load_weight(int stage, int unit) {
     const char* tile = static_cast<const char*>(p.packed) + int64_t(unit) * kBlockTileBytes;
-    ptx::mbarrier_arrive_expect(&s.full[stage], C::kStageBytes);
+    ptx::mbarrier_arrive_expect(&s.full[stage], C::kCopiedBytes);
     ptx::bulk_load(s.stage[stage].weight, tile, kBlockTileBytes, &s.full[stage], policy);
   }
   // What depends on no other kernel.
   __device__ __forceinline__ void fill_ring() {
-    ptx::prefetch_tensor_map(&x_map);
+    if constexpr (!C::kMakesX) ptx::prefetch_tensor_map(&x_map);
     for (int i = 0; i < C::kStages; ++i) {
-      ptx::mbarrier_init(&s.full[i], 1);
+      ptx::mbarrier_init(&s.full[i], C::kMakesX ? 2 : 1);  // the producer, a maker
       ptx::mbarrier_init(&s.empty[i], C::kConsumerWarps);
     }
     ptx::fence_mbarrier_init();
@@ -96,10 +111,11 @@ struct Producer {
     // step: 11.5 ms; 12.8 ms with the request for the last tile instead. Asking for the successor's next
     // tiles in L2 here made it slower.)
     let_successor_start();
-    wait_for_predecessor();  // x is its result
-    const int k_tiles = schedule.k_tiles;
+    if constexpr (!C::kMakesX) wait_for_predecessor();  // x is its result
+    const int k_tiles = p.schedule.k_tiles;
     int k_tile = range.begin % k_tiles;
     const auto load_x = [&](int stage) {
+      if constexpr (C::kMakesX) return;
       ptx::tensor_load(s.stage[stage].x, &x_map, k_tile * C::kTileElements, 0, &s.full[stage]);
       if (++k_tile == k_tiles) k_tile = 0;
     };
@@ -186,12 +202,12 @@ __device__ __forceinline__ void publish(const Accumulators<C>& r_acc, uint4* slo
 // next ones, and all CTAs of a launch are resident at once, so the wait ends. (After a launch that failed
 // half-way the workspace must be filled anew.)
 template <class C>
-__device__ __forceinline__ void collect(Accumulators<C>& r_acc, const PackedLinearParams& p,
-                                        const LinearSchedule& schedule, int block_end, int warpgroup,
-                                        int thread) {
+__device__ __forceinline__ void collect(Accumulators<C>& r_acc, const PackedLinearParams& p, int block_end,
+                                        int warpgroup, int thread) {
   constexpr int kBatch = C::kTokens < 64 ? C::kTokens / 8 : 8;  // loads in flight; registers allow no more
 #pragma unroll 1
-  for (int cta = blockIdx.x + 1; cta < schedule.num_slices && schedule.slice_begin(cta) < block_end; ++cta) {
+  for (int cta = blockIdx.x + 1; cta < p.schedule.num_slices && p.schedule.slice_begin(cta) < block_end;
+       ++cta) {
     uint4* slot = slot_of<C>(p.workspace, cta, warpgroup, thread);
 #pragma unroll
     for (int first = 0; first < C::kTokens / 8; first += kBatch) {
@@ -217,11 +233,32 @@ __device__ __forceinline__ void collect(Accumulators<C>& r_acc, const PackedLine
   }
 }
 
+// Row `token`'s scale.
 template <class C>
-__device__ __forceinline__ void consume(LinearSmem<C>& s, const PackedLinearParams& p,
-                                        const LinearSchedule& schedule, UnitRange range, int warp) {
+__device__ __forceinline__ float x_scale(const LinearSmem<C>& s, const PackedLinearParams& p, int token) {
+  if constexpr (C::kMakesX && sizeof(typename C::Element) == 1) return s.factors[token].fp8_scale;
+  return token_scale(p, token);
+}
+
+// The statistics of a block of the result, from those of its warps, added in their order.
+template <class C>
+__device__ __forceinline__ void store_stats(const float2 (&s_stats)[C::kConsumerWarps][C::kTokens],
+                                            const PackedLinearParams& p, int block) {
+  ptx::barrier_sync(kStatsBarrier, C::kConsumerWarps * kWarpSize);  // s_stats are written
+  const int token = threadIdx.x;
+  if (token >= p.num_tokens) return;
+  float2 stats = s_stats[0][token];
+#pragma unroll
+  for (int warp = 1; warp < C::kConsumerWarps; ++warp) stats = merge_stats(stats, s_stats[warp][token]);
+  const int num_blocks = p.schedule.num_units / p.schedule.k_tiles;
+  p.out_stats[int64_t(token) * num_blocks + block] = stats;
+}
+
+template <class C>
+__device__ __forceinline__ void consume(LinearSmem<C>& s, const PackedLinearParams& p, UnitRange range,
+                                        int warp) {
   const int warpgroup = warp / (kWarpgroupThreads / kWarpSize), thread = threadIdx.x % kWarpgroupThreads;
-  const int k_tiles = schedule.k_tiles;
+  const int k_tiles = p.schedule.k_tiles;
   RingPosition<C> ring;
   Accumulators<C> r_acc;
   int block = range.begin / k_tiles;
@@ -237,59 +274,103 @@ __device__ __forceinline__ void consume(LinearSmem<C>& s, const PackedLinearPara
       publish<C>(r_acc, slot_of<C>(p.workspace, blockIdx.x, warpgroup, thread));
       continue;
     }
-    if (piece_end < block_end) collect<C>(r_acc, p, schedule, block_end, warpgroup, thread);
-    finish(r_acc, p, block * kBlockRows + warp * kStripRows, 0, thread % kWarpSize);
+    if (piece_end < block_end) collect<C>(r_acc, p, block_end, warpgroup, thread);
+    finish<C::kOutStats>(r_acc, p, block * kBlockRows + warp * kStripRows, 0, thread % kWarpSize,
+                         s.stats[block % 2][warp], [&](int token) { return x_scale<C>(s, p, token); });
+    if constexpr (C::kOutStats)
+      if (p.out_stats) store_stats<C>(s.stats[block % 2], p, block);
   }
 }
 
 #endif
 
 template <class C>
-__global__ void __launch_bounds__(C::kThreads, C::kCtas)
+__global__ void __launch_bounds__(C::kMaxThreads)
     packed_linear_kernel(const __grid_constant__ CUtensorMap x_map,
-                         const __grid_constant__ PackedLinearParams p,
-                         const __grid_constant__ LinearSchedule schedule) {
+                         const __grid_constant__ PackedLinearParams p) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   extern __shared__ __align__(1024) uint8_t s_bytes[];
   auto& s = *reinterpret_cast<LinearSmem<C>*>(s_bytes);
   const int warp =
       __shfl_sync(kFullWarp, threadIdx.x / kWarpSize, 0);  // uniform, which wgmma wants to be seen
-  const UnitRange range = schedule.slice(blockIdx.x);
+  const UnitRange range = p.schedule.slice(blockIdx.x);
   const bool is_producer = threadIdx.x == C::kConsumerWarps * kWarpSize;
-  Producer<C> producer{s, x_map, p, schedule, range};
+  Producer<C> producer{s, x_map, p, range};
   if (is_producer) producer.fill_ring();
   __syncthreads();  // the barriers of the ring exist
 
   if (warp < C::kConsumerWarps) {
     wait_for_predecessor();
-    consume<C>(s, p, schedule, range, warp);
-  } else if (is_producer) {
-    producer.run();
+    consume<C>(s, p, range, warp);
+  } else {
+    if (is_producer) producer.run();
+    if constexpr (C::kMakesX) {
+      const int maker = warp - C::kConsumerWarps - 1;
+      if (maker >= 0 && maker < C::kMakerWarps) TileMaker<C, LinearSmem<C>>{s, p, range, maker}.run();
+    }
   }
 #else
   __trap();
 #endif
 }
 
+// Launches take turns with two footprints, each more than half of an SM in one resource: much shared memory,
+// or so many (idle) warps that they have more than half of the registers. So one CTA of each fits on an SM,
+// but never two of the same launch, which would share what bandwidth one SM has while another SM has no CTA.
+constexpr int kWideSmemBytes = 117 * 1024;
+
+// Of the launch with many warps. With `limit` warps on an SM at most, that has to be more than limit / 2, and
+// limit - kThreads / 32 at most.
 template <class C>
-void launch_packed_linear(const PackedLinearParams& p, cudaStream_t stream) {
-  static_assert(sizeof(LinearSmem<C>) <= 113 * 1024);
-  NF_CHECK(can_overlap<packed_linear_kernel<C>>(), "a GPU or a build without sm_90a");
+int wide_threads() {
+  static const int threads = [] {
+    cudaFuncAttributes attributes;
+    NF_CUDA(cudaFuncGetAttributes(&attributes, packed_linear_kernel<C>));
+    const int registers = (attributes.numRegs + 7) / 8 * 8;     // as they are allocated, a thread
+    const int limit = 4 * (65536 / 4 / kWarpSize / registers);  // each quarter of an SM has its own registers
+    const int warps = limit / 2 + 1;
+    NF_CHECK(warps * kWarpSize <= C::kMaxThreads && warps + C::kThreads / kWarpSize <= limit,
+             std::to_string(attributes.numRegs) + " registers");
+    return warps * kWarpSize;
+  }();
+  return threads;
+}
+
+inline bool next_is_wide_in_threads() {
+  static std::atomic<uint32_t> turn{0};
+  return turn.fetch_add(1, std::memory_order_relaxed) % 2 != 0;
+}
+
+template <class C>
+void launch_linear(const PackedLinearParams& p, cudaStream_t stream) {
+  constexpr auto kKernel = packed_linear_kernel<C>;
+  constexpr int kSmemBytes = int(sizeof(LinearSmem<C>));
+  static_assert(kSmemBytes <= 107 * 1024);
+  NF_CHECK(can_overlap<kKernel>(), "a GPU or a build without sm_90a");
   constexpr int kElementBytes = int(sizeof(typename C::Element));
-  const CUtensorMap x_map = ptx::swizzled_rows_map(p.x, p.num_tokens, int64_t(p.num_cols) * kElementBytes,
-                                                   p.x_stride * kElementBytes, C::kTokens, kElementBytes);
-  const LinearSchedule schedule = make_linear_schedule(p.num_rows, p.num_cols, kElementBytes, p.num_sms);
-  launch<packed_linear_kernel<C>>({.ctas = dim3(unsigned(schedule.num_slices)),
-                                   .threads = C::kThreads,
-                                   .smem_bytes = int(sizeof(LinearSmem<C>))},
-                                  stream, x_map, p, schedule);
+  CUtensorMap x_map{};
+  if constexpr (!C::kMakesX)
+    x_map = ptx::swizzled_rows_map(p.x, p.num_tokens, int64_t(p.num_cols) * kElementBytes,
+                                   p.x_stride * kElementBytes, C::kTokens, kElementBytes);
+  Grid grid{.ctas = dim3(p.schedule.num_slices), .threads = C::kThreads, .smem_bytes = kSmemBytes};
+  prepare<kKernel>(kWideSmemBytes);
+  if (next_is_wide_in_threads())
+    grid.threads = wide_threads<C>();
+  else
+    grid.smem_bytes = kWideSmemBytes;
+  launch<kKernel>(grid, stream, x_map, p);
 }
 
 template <class Element>
 void launch_for_few_tokens(const PackedLinearParams& p, cudaStream_t stream) {
-  dispatch<8, 16, 32, kMaxFewTokens>("tokens", padded_tokens(p.num_tokens), [&](auto tokens) {
-    launch_packed_linear<LinearConfig<Element, tokens>>(p, stream);
-  });
+  if (p.x_rows.stats != nullptr) {
+    dispatch<8, 16>("tokens", padded_tokens(p.num_tokens),
+                    [&](auto tokens) { launch_linear<LinearConfig<Element, tokens, true>>(p, stream); });
+  } else {
+    dispatch<16, 32, 64>("tokens", std::max(padded_tokens(p.num_tokens), 16), [&](auto tokens) {
+      launch_linear<LinearConfig<Element, tokens, false>>(p, stream);
+    });
+  }
 }
 
 }  // namespace

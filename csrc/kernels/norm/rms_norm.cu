@@ -9,10 +9,9 @@
 #include "kernels/common/check.h"
 #include "kernels/common/dispatch.h"
 #include "kernels/common/launch.h"
-#include "kernels/common/reduce.cuh"
 #include "kernels/common/vec.cuh"
 #include "kernels/norm/rms_norm.h"
-#include "kernels/quant/fp8.cuh"
+#include "kernels/norm/row_stats.cuh"
 
 namespace nf {
 namespace {
@@ -45,48 +44,21 @@ __device__ __forceinline__ Vec<Scalar> add(const Vec<Scalar>& residual, const Ve
   return sum;
 }
 
-template <class Scalar>
-__device__ __forceinline__ float sum_of_squares(const Vec<Scalar>& v) {
-  float sum = 0.0f;
-#pragma unroll
-  for (int i = 0; i < Vec<Scalar>::kPairs; ++i) {
-    const float2 f = v.pair(i);
-    sum = fmaf(f.x, f.x, fmaf(f.y, f.y, sum));
-  }
-  return sum;
-}
-
-template <class Scalar>
-__device__ __forceinline__ Vec<Scalar> scale(const Vec<Scalar>& v, float inv_rms, const Vec<Scalar>& weight) {
-  Vec<Scalar> out;
-#pragma unroll
-  for (int i = 0; i < Vec<Scalar>::kPairs; ++i) {
-    const float2 f = v.pair(i), w = weight.pair(i);
-    const float2 n = round_through<Scalar>({f.x * inv_rms, f.y * inv_rms});
-    out.round_pair(i, {n.x * w.x, n.y * w.y});
-  }
-  return out;
-}
-
+// The statistics of the CTA's row, of which each thread has some vectors, added as row_stats.h has it.
 template <class C>
-__device__ __forceinline__ void store_row_as_fp8(
-    const RmsNormParams<typename C::Scalar, typename C::Out>& p, __nv_fp8_e4m3* out,
-    const Vec<typename C::Scalar> (&r_row)[C::kVecs]) {
-  const int num_vecs = p.dim / Vec<typename C::Scalar>::kElements;
-  float fp8_scale;
-  if (p.scale_per_token) {
-    uint32_t largest = 0;
+__device__ __forceinline__ float2 row_stats(Vec<typename C::Scalar> (&r_row)[C::kVecs],
+                                            const Vec<typename C::Scalar> (&r_weight)[C::kVecs],
+                                            int num_vecs) {
+  constexpr int kBlockLanes = 16;
+  __shared__ float2 s_blocks[C::kMaxThreads * C::kVecs / kBlockLanes];
 #pragma unroll
-    for (int i = 0; i < C::kVecs; ++i)
-      if (vec_idx(i) < num_vecs) largest = max(largest, largest_bits(r_row[i]));
-    fp8_scale = scale_of_row(largest);
-    if (threadIdx.x == 0) p.scale[blockIdx.x] = fp8_scale;
-  } else {
-    fp8_scale = *p.scale;
+  for (int i = 0; i < C::kVecs; ++i) {
+    r_row[i].keep_packed();
+    const float2 block = block_stats(r_row[i], r_weight[i]);
+    if (vec_idx(i) < num_vecs && vec_idx(i) % kBlockLanes == 0) s_blocks[vec_idx(i) / kBlockLanes] = block;
   }
-#pragma unroll
-  for (int i = 0; i < C::kVecs; ++i)
-    if (vec_idx(i) < num_vecs) store_fp8(out, vec_idx(i), r_row[i], fp8_scale);
+  __syncthreads();  // s_blocks are complete
+  return merge_blocks<1>((num_vecs + kBlockLanes - 1) / kBlockLanes, [&](int i) { return s_blocks[i]; });
 }
 
 template <class C>
@@ -100,41 +72,49 @@ __global__ void __launch_bounds__(C::kMaxThreads, C::kMinCtas)
   typename C::Out* out = p.out + row * p.out_stride;
 
   let_successor_start();
-  // The weight depends on no kernel of the step: it is loaded while the predecessor still runs.
+  // The weight depends on no kernel of the step: it is loaded while the predecessor still runs, where
+  // registers allow.
   Vec<Scalar> r_row[C::kVecs], r_residual[C::kVecs], r_weight[C::kVecs];
+  const auto load_weight = [&] {
 #pragma unroll
-  for (int i = 0; i < C::kVecs; ++i)
-    if (vec_idx(i) < num_vecs) r_weight[i] = load_vec(p.weight, vec_idx(i));
+    for (int i = 0; i < C::kVecs; ++i)
+      r_weight[i] = vec_idx(i) < num_vecs ? load_vec(p.weight, vec_idx(i)) : Vec<Scalar>{};
+  };
+  if (C::kVecs < 4) load_weight();
   wait_for_predecessor();
 
   // All loads before the first store, which might alias them and so would hold them back.
 #pragma unroll
   for (int i = 0; i < C::kVecs; ++i) {
+    r_row[i] = Vec<Scalar>{};
     if (vec_idx(i) >= num_vecs) continue;
     r_row[i] = load_vec(x, vec_idx(i));
     if constexpr (C::kAdd) r_residual[i] = load_vec(residual, vec_idx(i));
   }
-
-  float sum = 0.0f;
+  if constexpr (C::kAdd) {
 #pragma unroll
-  for (int i = 0; i < C::kVecs; ++i) {
-    if (vec_idx(i) >= num_vecs) continue;
-    if constexpr (C::kAdd) {
+    for (int i = 0; i < C::kVecs; ++i) {
+      if (vec_idx(i) >= num_vecs) continue;
       r_row[i] = add(r_residual[i], r_row[i]);
       store_vec(residual, vec_idx(i), r_row[i]);
     }
-    sum += sum_of_squares(r_row[i]);
   }
-  const float inv_rms = rsqrtf(cta_sum(sum) / float(p.dim) + p.eps);
+  if (C::kVecs == 4) load_weight();
+  const float2 stats = row_stats<C>(r_row, r_weight, num_vecs);
+  const float* fp8_scale = p.scale_per_token ? nullptr : p.scale;
+  const RowFactors factors = factors_of(stats, p.dim, true, p.eps, fp8_scale);
+  if (C::kFp8 && p.scale_per_token && threadIdx.x == 0) p.scale[row] = factors.fp8_scale;
 
 #pragma unroll
   for (int i = 0; i < C::kVecs; ++i) {
     if (vec_idx(i) >= num_vecs) continue;
     r_row[i].keep_packed();
-    r_row[i] = scale(r_row[i], inv_rms, r_weight[i]);
-    if constexpr (!C::kFp8) store_vec(out, vec_idx(i), r_row[i]);
+    r_row[i] = normalize(r_row[i], factors.inv_rms, r_weight[i]);
+    if constexpr (C::kFp8)
+      store_fp8(out, vec_idx(i), r_row[i], factors.fp8_scale);
+    else
+      store_vec(out, vec_idx(i), r_row[i]);
   }
-  if constexpr (C::kFp8) store_row_as_fp8<C>(p, out, r_row);
 }
 
 // Are rows whole vectors of 8 elements?

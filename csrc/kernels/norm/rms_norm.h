@@ -15,7 +15,7 @@ namespace nf {
 // n = x * rsqrt(mean(x^2) + eps), in float, rounded to Scalar; out = n * weight, rounded again (as Hugging
 // Face does). Scalar is __nv_bfloat16 or __half. Rows start at multiples of 16 bytes: so do the pointers, and
 // strides are multiples of 8. `out` may be `x` or `residual`. Out is Scalar, or e4m3: then what Scalar would
-// have got is divided by a scale as quantize.h says.
+// have got is divided by a scale, a given one or the row's own as row_stats.h has it.
 template <class Scalar, class Out = Scalar>
 struct RmsNormParams {
   Out* out;              // [T, E], row stride out_stride

@@ -52,6 +52,16 @@ __device__ __forceinline__ void tensor_load_multicast(void* shared, const CUtens
       : "memory");
 }
 
+// Of a 3-D one.
+__device__ __forceinline__ void tensor_load(void* shared, const CUtensorMap* map, int x, int y, int z,
+                                            uint64_t* barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5}], "
+      "[%2];" ::"r"(smem_address(shared)),
+      "l"(map), "r"(smem_address(barrier)), "r"(x), "r"(y), "r"(z)
+      : "memory");
+}
+
 __device__ __forceinline__ void prefetch_tensor_map(const CUtensorMap* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }

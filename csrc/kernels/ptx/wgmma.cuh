@@ -1,12 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 // wgmma: D[64, N] (+)= A[64, 32 bytes of K] * B[N, 32 bytes of K]^T by a warpgroup of 128 threads, both
-// operands in shared memory, K-major with the 128-byte swizzle, FP32 accumulators. sm_90a.
+// operands in shared memory, K-major with the 128-byte swizzle, FP32 accumulators. Or A in registers and B
+// [16 of K, N], N contiguous. sm_90a.
 //
 // Discipline: wgmma_fence, the products of one group, wgmma_commit, wgmma_wait; no one touches the
 // accumulators between fence and wait.
 #pragma once
 
 #include <cuda_bf16.h>
+#include <cuda_fp16.h>
 #include <cuda_fp8.h>
 
 #include <cstdint>
@@ -29,15 +31,29 @@ __device__ __forceinline__ uint64_t wgmma_advance(uint64_t descriptor, int steps
   return descriptor + uint64_t(steps * (kWgmmaStepBytes / 16));
 }
 
+// Describes 16 rows of K of a matrix [K, N], N contiguous: rows of 128 bytes, swizzled, at a multiple of 1024
+// bytes; the next 64 columns lie `chunk_bytes` further on. The next 16 rows: kWgmmaRowsStep more.
+__device__ __forceinline__ uint64_t wgmma_rows_descriptor(const void* shared, uint32_t chunk_bytes) {
+  constexpr uint64_t kSwizzle128 = uint64_t(1) << 62, kStride = uint64_t(1024 / 16) << 32;
+  return kSwizzle128 | kStride | uint64_t(chunk_bytes / 16) << 16 | (smem_address(shared) & 0x3FFFF) >> 4;
+}
+constexpr uint64_t kWgmmaRowsStep = 16 * 128 / 16;
+
 // Orders earlier accesses to the accumulator registers before the products that follow.
 __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void wgmma_commit() {
   asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
 }
-// Until at most kPending of the committed groups, the youngest, are unfinished.
+// Until at most kPending of the committed groups, the youngest, are not done.
 template <int kPending = 0>
 __device__ __forceinline__ void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
+}
+// After a wait that leaves other products in flight: keeps the compiler from using `d` before it.
+template <int kRegisters>
+__device__ __forceinline__ void wgmma_settled(float (&d)[kRegisters]) {
+#pragma unroll
+  for (int i = 0; i < kRegisters; ++i) asm volatile("" : "+f"(d[i])::"memory");
 }
 
 // Changes the registers per thread of this warpgroup; takes wait until others have left as many.
@@ -58,6 +74,17 @@ __device__ __forceinline__ void leave_registers() {
                  ", " kB ", p, 1, 1" kEnd ";\n}"                                                           \
                  : __VA_ARGS__                                                                             \
                  : "l"(a), "l"(b), "r"(int(accumulate)));                                                  \
+  }
+
+// The same with A in registers, rounded from accumulators [64, 16]: those of columns 0-7 and then 8-15, two
+// neighbours a register. b: wgmma_rows_descriptor.
+#define NF_WGMMA_ROWS(kElement, kRegisters, kInstruction, kList, kA, kB, kAccumulate, ...)                  \
+  __device__ __forceinline__ void wgmma(kElement, float(&d)[kRegisters], const uint32_t* a, uint64_t b,     \
+                                        bool accumulate) {                                                  \
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " kAccumulate ", 0;\n" kInstruction " {" kList "}, {" kA \
+                 "}, " kB ", p, 1, 1, 1;\n}"                                                                \
+                 : __VA_ARGS__                                                                              \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(accumulate)));               \
   }
 
 #define NF_LIST_8 "%0, %1, %2, %3"
@@ -115,6 +142,16 @@ NF_WGMMA(__nv_bfloat16, 32, "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf1
          "%34", ", 0, 0", NF_REGS_64)
 NF_WGMMA(__nv_bfloat16, 64, "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16", NF_LIST_128, "%64",
          "%65", "%66", ", 0, 0", NF_REGS_128)
+NF_WGMMA(__half, 64, "wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16", NF_LIST_128, "%64", "%65", "%66",
+         ", 0, 0", NF_REGS_128)
+NF_WGMMA_ROWS(__nv_bfloat16, 32, "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16", NF_LIST_64,
+              "%32, %33, %34, %35", "%36", "%37", NF_REGS_64)
+NF_WGMMA_ROWS(__nv_bfloat16, 64, "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16", NF_LIST_128,
+              "%64, %65, %66, %67", "%68", "%69", NF_REGS_128)
+NF_WGMMA_ROWS(__half, 32, "wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16", NF_LIST_64,
+              "%32, %33, %34, %35", "%36", "%37", NF_REGS_64)
+NF_WGMMA_ROWS(__half, 64, "wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16", NF_LIST_128,
+              "%64, %65, %66, %67", "%68", "%69", NF_REGS_128)
 
 // N = 256: the first 128 columns are accumulated in `low`, the others in `high`.
 __device__ __forceinline__ void wgmma(__nv_bfloat16, float (&low)[64], float (&high)[64], uint64_t a,
@@ -134,6 +171,7 @@ __device__ __forceinline__ void wgmma(__nv_bfloat16, float (&low)[64], float (&h
 }
 
 #undef NF_WGMMA
+#undef NF_WGMMA_ROWS
 #undef NF_LIST_8
 #undef NF_REGS_8
 #undef NF_LIST_16

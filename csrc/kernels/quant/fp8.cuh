@@ -12,44 +12,29 @@ namespace nf {
 constexpr float kMaxFp8 = 448.0f;    // largest finite e4m3
 constexpr float kMinScale = 1e-12f;  // so that an all-zero row divides by something
 
-// row[8 vec_idx ...] = round_e4m3(v / scale), saturating. A true division: v * (1 / scale) would round some
+// x / scale, rounded as a division is (Markstein: one Newton step from a correctly rounded reciprocal), where
+// that matters to e4m3. The compiler's division would call a subroutine for unusual exponents.
+__device__ __forceinline__ float quotient(float x, float scale) {
+  const float inverse = __frcp_rn(scale), q = x * inverse;
+  return fabsf(q) < 2.0f * kMaxFp8 ? fmaf(fmaf(-q, scale, x), inverse, q) : q;
+}
+
+// round_e4m3(v / scale), saturating, two values in the low 16 bits. Not v * (1 / scale), which would round some
 // values to the other neighbour than the reference.
+__device__ __forceinline__ uint32_t to_fp8(float2 v, float scale) {
+  return __nv_cvt_float2_to_fp8x2({quotient(v.x, scale), quotient(v.y, scale)}, __NV_SATFINITE, __NV_E4M3);
+}
+
+template <class Scalar>
+__device__ __forceinline__ uint2 to_fp8(const Vec<Scalar>& v, float scale) {
+  return {to_fp8(v.pair(0), scale) | to_fp8(v.pair(1), scale) << 16,
+          to_fp8(v.pair(2), scale) | to_fp8(v.pair(3), scale) << 16};
+}
+
 template <class Scalar>
 __device__ __forceinline__ void store_fp8(__nv_fp8_e4m3* row, int vec_idx, const Vec<Scalar>& v,
                                           float scale) {
-  uint32_t half[2];
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    const float2 a = v.pair(2 * i), b = v.pair(2 * i + 1);
-    const uint32_t low = __nv_cvt_float2_to_fp8x2({a.x / scale, a.y / scale}, __NV_SATFINITE, __NV_E4M3);
-    const uint32_t high = __nv_cvt_float2_to_fp8x2({b.x / scale, b.y / scale}, __NV_SATFINITE, __NV_E4M3);
-    half[i] = low | high << 16;
-  }
-  reinterpret_cast<uint2*>(row)[vec_idx] = {half[0], half[1]};
-}
-
-// The largest |v| as a float's bits, which order as the floats do; a NaN is larger than any number.
-template <class Scalar>
-__device__ __forceinline__ uint32_t largest_bits(const Vec<Scalar>& v) {
-  uint32_t largest = 0;
-#pragma unroll
-  for (int i = 0; i < Vec<Scalar>::kPairs; ++i) {
-    const float2 f = v.pair(i);
-    largest = max(largest, max(__float_as_uint(fabsf(f.x)), __float_as_uint(fabsf(f.y))));
-  }
-  return largest;
-}
-
-// The scale of a CTA's row, from each thread's largest_bits(). Call once per kernel: s_partial is not reused.
-__device__ __forceinline__ float scale_of_row(uint32_t bits) {
-  __shared__ uint32_t s_partial[kWarpSize];
-  bits = __reduce_max_sync(kFullWarp, bits);
-  if (threadIdx.x % kWarpSize == 0) s_partial[threadIdx.x / kWarpSize] = bits;
-  __syncthreads();  // s_partial complete before every warp reads it
-  const uint32_t lane = threadIdx.x % kWarpSize;
-  const float largest = __uint_as_float(
-      __reduce_max_sync(kFullWarp, lane < blockDim.x / kWarpSize ? s_partial[lane] : 0u));
-  return largest != largest ? largest : fmaxf(largest / kMaxFp8, kMinScale);
+  reinterpret_cast<uint2*>(row)[vec_idx] = to_fp8(v, scale);
 }
 
 }  // namespace nf

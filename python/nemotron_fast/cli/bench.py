@@ -1,71 +1,42 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`nemotron-fast bench latency`: step time per batch size, and time to the first token per prompt length.
-
-Definitions: time to first token is that of one prompt and one generated token. The step time of a batch is
-(time of n + 1 tokens - time of 1) / n, so that the prompts' own time drops out. Prompts are random token ids.
-"""
+"""`nemotron-fast bench latency|throughput`: measurements of a whole model, with the names that vLLM's benches use."""
 
 from __future__ import annotations
 
 import argparse
 import json
-import random
-import statistics
-import sys
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nemotron_fast.cli.options import add_model_arguments, load_llm
-from nemotron_fast.errors import RequestError
+from nemotron_fast.cli import bench_latency, bench_throughput
+from nemotron_fast.cli.options import add_model_arguments
 
 if TYPE_CHECKING:
-    from nemotron_fast.llm import LLM
+    import torch
+
+KINDS = {
+    "latency": (bench_latency, "step time and time to first token"),
+    "throughput": (bench_throughput, "many prompts at once, offline"),
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     kinds = parser.add_subparsers(dest="kind", required=True, metavar="KIND")
-    latency = kinds.add_parser("latency", help="step time and time to first token")
-    add_model_arguments(latency)
-    latency.add_argument("--batch", metavar="N,N", type=_integers, default=[1, 8], help="batch sizes (default 1,8)")
-    latency.add_argument("--input-len", metavar="N", type=_integers, default=[128], help="prompt lengths (default 128)")
-    latency.add_argument("--output-len", metavar="N", type=int, default=32, help="steps that are timed (default 32)")
-    latency.add_argument("--repeats", metavar="N", type=int, default=3, help="medians are of this many (default 3)")
-    latency.add_argument("--json", action="store_true", help="print the results as JSON")
-    latency.add_argument("--out", metavar="FILE", type=Path, help="write the results to a JSON file")
+    for name, (module, summary) in KINDS.items():
+        kind = kinds.add_parser(
+            name, help=summary, description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+        add_model_arguments(kind)
+        module.add_arguments(kind)
+        kind.add_argument("--json", action="store_true", help="print the results as JSON")
+        kind.add_argument("--out", metavar="FILE", type=Path, help="write the results to a JSON file")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure and print.
-
-    Raises:
-        RequestError: a size that is not positive, or does not fit in the context or in --max-num-seqs.
-    """
-    sizes = [*args.batch, *args.input_len, args.output_len, args.repeats]
-    if min(sizes) < 1:
-        raise RequestError(f"sizes {sizes}: want all of them at least 1")
-    if args.max_num_seqs is None:
-        args.max_num_seqs = max(args.batch)
-    elif args.max_num_seqs < max(args.batch):
-        raise RequestError(f"--max-num-seqs is {args.max_num_seqs}, want at least the largest batch, {max(args.batch)}")
-    start = time.perf_counter()
-    with load_llm(args) as llm:
-        load_s = time.perf_counter() - start
-        rows = [_first_token(llm, length, args.repeats) for length in args.input_len]
-        first_s = time.perf_counter() - start
-        rows += [_step(llm, b, length, args) for b in args.batch for length in args.input_len]
-        device = llm.device
-    from nemotron_fast.testing.timing import provenance
-
-    report = provenance(device) | {
-        "model": args.model,
-        "random_weights": args.random_weights,
-        "quantize": args.quantize,
-        "kv_dtype": args.kv_dtype,
-        "load_s": load_s,
-        "start_to_first_results_s": first_s,
-        "results": rows,
-    }
+    """Measure and print; raises as the kind's `measure`."""
+    module = KINDS[args.kind][0]
+    device, results = module.measure(args)
+    report = _workload(args, device) | results
     if args.out is not None:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps(report, indent=1) + "\n")
@@ -73,53 +44,14 @@ def run(args: argparse.Namespace) -> int:
         from nemotron_fast.cli import render
 
         render.print_json(report)
-        return 0
-    for row in rows:
-        size = f"batch {row['batch_size']:<4} input {row['input_len']:<7}"
-        print(f"{size} {row['metric']:<20} {row['median_ms']:10.3f} ms  {row['tokens_per_s']:10.1f} tok/s")
-    print(f"weights ready after {load_s:.1f} s", file=sys.stderr)
+    else:
+        module.show(results)
     return 0
 
 
-def _integers(text: str) -> list[int]:
-    return [int(part) for part in text.split(",")]
+def _workload(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    """What is needed to repeat the measurement."""
+    from nemotron_fast.testing.timing import provenance
 
-
-def _first_token(llm: LLM, length: int, repeats: int) -> dict[str, Any]:
-    _timed(llm, 1, length, 1)  # warm-up
-    return _row("time_to_first_token", 1, length, [_timed(llm, 1, length, 1) for _ in range(repeats)], length)
-
-
-def _step(llm: LLM, batch: int, length: int, args: argparse.Namespace) -> dict[str, Any]:
-    _timed(llm, batch, length, 2)  # warm-up
-    n = args.output_len
-    times = []
-    for _ in range(args.repeats):
-        one, more = _timed(llm, batch, length, 1), _timed(llm, batch, length, n + 1)
-        times.append((more - one) / n)
-    return _row("step", batch, length, times, batch)
-
-
-def _row(metric: str, batch: int, length: int, times: list[float], tokens: int) -> dict[str, Any]:
-    median = statistics.median(times)
-    return {
-        "metric": metric,
-        "batch_size": batch,
-        "input_len": length,
-        "median_ms": median * 1e3,
-        "min_ms": min(times) * 1e3,
-        "max_ms": max(times) * 1e3,
-        "tokens_per_s": tokens / median,
-    }
-
-
-def _timed(llm: LLM, batch: int, length: int, num_tokens: int) -> float:
-    """Seconds to generate `num_tokens` for each of `batch` prompts of `length` tokens."""
-    from nemotron_fast import SamplingParams
-
-    rng = random.Random(length)
-    prompts: list = [[rng.randrange(llm.config.vocab_size) for _ in range(length)] for _ in range(batch)]
-    params = SamplingParams(max_tokens=num_tokens, temperature=0, ignore_eos=True)
-    start = time.perf_counter()
-    llm.generate(prompts, params, progress=False)
-    return time.perf_counter() - start
+    named = ("model", "random_weights", "quantize", "kv_dtype", "dtype", "max_model_len", "max_num_seqs", "seed")
+    return provenance(device) | {name: getattr(args, name) for name in named}

@@ -68,8 +68,8 @@ def add_sampling_arguments(parser: argparse.ArgumentParser, *, max_tokens: int |
     group.add_argument("--ignore-eos", action="store_true", help="go on after an end-of-sequence token")
 
 
-def load_llm(args: argparse.Namespace) -> LLM:
-    """The model that the options of `add_model_arguments` name; use it in a `with` statement."""
+def load_llm(args: argparse.Namespace, **more: Any) -> LLM:
+    """The model that the options of `add_model_arguments` name, with `more`; use it in a `with` statement."""
     from nemotron_fast.llm import LLM
 
     given = {} if args.max_num_seqs is None else {"max_num_seqs": args.max_num_seqs}  # else the default of LLM
@@ -84,6 +84,7 @@ def load_llm(args: argparse.Namespace) -> LLM:
         generation_config=args.generation_config,
         random_weights=args.random_weights,
         **given,
+        **more,
     )
 
 

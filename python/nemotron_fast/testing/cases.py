@@ -64,6 +64,23 @@ class NormCase:
         return Cost(out_bytes + ((3 if self.add else 1) * elements + self.E) * BF16_BYTES, flops * elements)
 
 
+@dataclass(frozen=True)
+class RowStatsCase:
+    """row_stats of x [T, X] with a norm's weight."""
+
+    T: int
+    X: int
+
+    op = "row_stats"
+
+    def __str__(self) -> str:
+        return f"{self.op}-T{self.T}-X{self.X}"
+
+    @property
+    def cost(self) -> Cost:
+        return Cost((self.T + 1) * self.X * BF16_BYTES, 4 * self.T * self.X)
+
+
 NORM_TESTS = (
     *(NormCase(T, E, add) for T, E, add in product((1, 2, 7, 65), (256, 576, 4096, 8192, 16384), (False, True))),
     *(NormCase(T, 8192, add) for T, add in product((0, 64, 1024), (False, True))),
@@ -153,13 +170,18 @@ ATTENTION_BENCH = (
     *(AttentionCase(S, length, fp8_kv=fp8) for fp8, S, length in product((False, True), (1, 8, 64), (1024, 8192))),
     AttentionCase(1, 131072),
     AttentionCase(1, 8192, K=4),
-    AttentionCase(1, 4096, new=4096),
 )
-ATTENTION_BENCH_CPU = (
-    AttentionCase(2, 300, H=8, K=1),
-    AttentionCase(1, 200, H=8, K=2, fp8_kv=True),
-    AttentionCase(1, 128, 128, 8, 1),
+ATTENTION_BENCH_CPU = (AttentionCase(2, 300, H=8, K=1), AttentionCase(1, 200, H=8, K=2, fp8_kv=True))
+PREFILL_BENCH = (
+    *(AttentionCase(1, n, n) for n in (512, 2048, 4096, 8192, 32768)),
+    *(AttentionCase(1, n, n, fp8_kv=True) for n in (2048, 8192)),
+    *(AttentionCase(1, 8192, 2048, fp8_kv=fp8) for fp8 in (False, True)),
+    AttentionCase(1, 32768, 256),
+    AttentionCase(16, 512, 512),
+    AttentionCase(1, 8192, 8192, H=128),
+    AttentionCase(1, 8192, 8192, H=32, D=64),
 )
+PREFILL_BENCH_CPU = (AttentionCase(1, 128, 128, 8, 1), AttentionCase(2, 100, 40, 8, 2))
 
 
 @dataclass(frozen=True)

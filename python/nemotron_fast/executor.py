@@ -1,0 +1,220 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One step on the device: launched without waiting for it, its tokens fetched later.
+
+Sampled tokens stay on the device, in `_sampled`, and feed the next step from there. Steps in which every sequence
+computes one token run on buffers that stay where they are, so that on a GPU they are replayed as CUDA graphs from
+the embedding to the sampled tokens; their rows are padded to a few sizes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nemotron_fast.batch import Batch, PromptRows, Rows, gather_rows
+from nemotron_fast.graphs import StepGraphs, padded_size, padded_sizes
+from nemotron_fast.kv_cache import KVCache
+from nemotron_fast.model import Model
+from nemotron_fast.pages import PAGE_SIZE
+from nemotron_fast.request import Request, TokenLogprob
+from nemotron_fast.sampling import (
+    SamplingRows,
+    adjust_logits,
+    changes_logits,
+    sampling_columns,
+    token_logprobs,
+    top_logprobs,
+)
+from nemotron_fast.scheduler import Chunk
+from nemotron_fast.staging import Column, Fetch, Staging
+
+TOKEN_WORDS, SEQ_WORDS = 5, 9  # 64-bit words of a step per token, and per sequence besides its pages, at most
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A step in flight."""
+
+    sampled: list[Request]  # one per token
+    prompt_rows: list[PromptRows]
+    logits_RV: Tensor  # as the model gave them, until the next launch
+    _results: Fetch  # the tokens, and the results of ops.top_logprobs if anybody asked for them
+
+    def wait(self) -> tuple[list[int], list[TokenLogprob | None]]:
+        """The sampled tokens, and their log-probabilities where asked for; waits for the step."""
+        tokens, *found = self._results.wait()
+        wanted = [r.params.logprobs for r in self.sampled]
+        return tokens, token_logprobs(tokens, wanted, *found) if found else [None] * len(tokens)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """A step on the device: the batch without its token ids, and where those come from."""
+
+    feed: Tensor  # [max_num_seqs + T] int64: the tokens that the last step sampled, then those known to the host
+    sources: Tensor  # [T] int64, of each token in `feed`
+    positions: Tensor
+    slots: Tensor
+    page_table: Tensor
+    q_start: Tensor
+    kv_len: Tensor
+    logit_rows: Tensor
+    sampling: SamplingRows
+
+    def batch(self) -> Batch:
+        token_ids = self.feed.gather(0, self.sources)
+        return Batch(token_ids, self.positions, self.slots, self.page_table, self.q_start, self.kv_len, self.logit_rows)
+
+
+class Executor:
+    """Computes steps of at most `max_num_seqs` sequences of at most `max_pages` pages, and `max_tokens` tokens.
+
+    Decode steps are padded, and on a GPU become graphs, if there is a `scratch_page`: a page of the cache that no
+    request owns, for the padding rows to write to.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        cache: KVCache,
+        *,
+        max_num_seqs: int,
+        max_tokens: int,
+        max_pages: int,
+        scratch_page: int | None,
+    ) -> None:
+        self.model, self.cache = model, cache
+        self._max_num_seqs, self._scratch_page = max_num_seqs, scratch_page
+        device = model.weights.embed.device
+        on_gpu = device.type == "cuda"
+        max_tokens = max(max_tokens, max_num_seqs)
+        capacity = max_tokens * TOKEN_WORDS + max_num_seqs * (SEQ_WORDS + max_pages)
+        self._staging = Staging(max_num_seqs, capacity, device)
+        self._sampled = self._staging.memory[:max_num_seqs]
+        self._sizes = padded_sizes(max_num_seqs)
+        self._page_table = torch.zeros(max_num_seqs, max_pages, dtype=torch.int64, device=device)
+        self._count = torch.arange(max_num_seqs + 1, device=device)
+        self._graphs = StepGraphs(self._sampled) if on_gpu and scratch_page is not None else None
+
+    def launch(self, chunks: list[Chunk]) -> Launch:
+        """Start computing the chunks; the tokens of all launches but the last must have been fetched."""
+        rows = gather_rows(chunks, self._max_num_seqs)
+        sampled = rows.sampled
+        num_rows = len(sampled)
+        if self._scratch_page is not None and num_rows == len(chunks) == len(rows.token_ids):
+            size = padded_size(self._sizes, num_rows)
+            inputs = self._load_padded(rows, size)
+            logits_RV = self._replay(size, inputs)
+        else:
+            inputs = self._load(rows)
+            logits_RV = self._compute(inputs)
+        for row, request in enumerate(sampled):
+            request.sample_row = row
+        tokens_S, raw_SV = self._sampled[:num_rows], logits_RV[:num_rows]
+        num_top = max((r.params.logprobs for r in sampled if r.params.logprobs is not None), default=None)
+        if any(changes_logits(r) for r in sampled):
+            logits_SV = raw_SV if num_top is None else raw_SV.clone()
+            adjust_logits(logits_SV, sampled)
+            inputs.sampling.sample(logits_SV, tokens_S)
+        results = [tokens_S]
+        if num_top is not None:
+            results += top_logprobs(raw_SV, tokens_S, sampled, num_top)
+        return Launch(sampled, rows.prompt_rows, logits_RV, Fetch(*results))
+
+    def warm_up(self) -> None:
+        """Run all padded sizes on padding rows, which captures their graphs; the largest first: its memory serves all.
+
+        No step may be in flight.
+        """
+        if self._scratch_page is None:
+            return
+        for size in reversed(self._sizes):
+            self._replay(size, self._load_padded(Rows(), size))
+            Fetch(self._sampled).wait()  # the staging buffers are free again
+
+    def decode_graph(self, num_seqs: int) -> torch.cuda.CUDAGraph:
+        """The graph of decode steps of so many sequences, which must have run before; for benches."""
+        return self._graphs.graph(padded_size(self._sizes, num_seqs))
+
+    def _replay(self, size: int, inputs: Inputs) -> Tensor:
+        """_compute on the buffers of a padded size."""
+        if self._graphs is None:
+            return self._compute(inputs)
+        return self._graphs.replay(size, lambda: self._compute(inputs))
+
+    def _compute(self, inputs: Inputs) -> Tensor:
+        """Logits [R, V] float32; the tokens of the sampled rows go to _sampled."""
+        logits_RV = self.model.forward(inputs.batch(), self.cache)
+        num_rows = len(inputs.sampling.seed)
+        inputs.sampling.sample(logits_RV[:num_rows], self._sampled[:num_rows])
+        return logits_RV
+
+    def _load(self, rows: Rows) -> Inputs:
+        width = max(len(pages) for pages in rows.pages)
+        columns = (rows.sources, rows.positions, rows.slots, rows.q_start, rows.kv_len, rows.logit_rows)
+        token_ids, sources, positions, slots, q_start, kv_len, logit_rows, table, *sampling = self._staging.load(
+            [
+                Column(rows.token_ids),  # first, so that it lies behind _sampled
+                *map(Column, columns),
+                Column(_table(rows.pages, width, 0).ravel()),
+                *sampling_columns(rows.sampled),
+            ]
+        )
+        return Inputs(
+            self._feed(len(token_ids)),
+            sources,
+            positions,
+            slots,
+            table.view(len(kv_len), width),
+            q_start,
+            kv_len,
+            logit_rows,
+            SamplingRows(*sampling),
+        )
+
+    def _load_padded(self, rows: Rows, size: int) -> Inputs:
+        """A step of one token per sequence, with rows of token 0 in the scratch page up to `size`.
+
+        The tensors are the same memory for the same size.
+        """
+        room, extra = self._max_num_seqs, size - len(rows.sampled)
+        scratch = self._scratch_page
+        width = max((len(pages) for pages in rows.pages), default=1)
+        table = _table([*rows.pages, *[[]] * extra], width, scratch)
+        _, sources, positions, slots, kv_len, *rest = self._staging.load(
+            [
+                Column([*rows.token_ids, *[0] * extra], room=room),
+                Column([*rows.sources, *range(room + size - extra, room + size)], room=room),
+                Column([*rows.positions, *[0] * extra], room=room),
+                Column([*rows.slots, *[scratch * PAGE_SIZE] * extra], room=room),
+                Column([*rows.kv_len, *[1] * extra], room=room),
+                *sampling_columns(rows.sampled, extra, room),
+                Column(table.ravel()),
+            ]
+        )
+        *sampling, table = rest
+        self._page_table[:size, :width] = table.view(size, width)
+        return Inputs(
+            self._feed(size),
+            sources,
+            positions,
+            slots,
+            self._page_table[:size],
+            self._count[: size + 1],
+            kv_len,
+            self._count[:size],
+            SamplingRows(*sampling),
+        )
+
+    def _feed(self, num_tokens: int) -> Tensor:
+        return self._staging.memory[: self._max_num_seqs + num_tokens]
+
+
+def _table(pages: list[list[int]], width: int, fill: int) -> np.ndarray:
+    table = np.full((len(pages), width), fill, dtype=np.int64)
+    for row, owned in zip(table, pages, strict=True):
+        row[: len(owned)] = owned
+    return table

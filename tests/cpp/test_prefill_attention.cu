@@ -1,0 +1,314 @@
+// SPDX-License-Identifier: Apache-2.0
+// prefill_attention without torch or Python, against sums in double: the program that compute-sanitizer runs
+// (with the argument "tiny").
+#include <cuda_fp8.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "gpu_testing.h"
+#include "kernels/attention/prefill.h"
+
+namespace {
+
+using testing::check;
+using testing::DeviceArray;
+
+constexpr int kPage = 64;
+
+struct Lengths {
+  int num_new, all;
+};
+struct Case {
+  int num_kv_heads, group, head_dim;
+  std::vector<Lengths> seqs;
+};
+
+std::string name(const Case& c) {
+  std::string s = "K=" + std::to_string(c.num_kv_heads) + " G=" + std::to_string(c.group) +
+                  " D=" + std::to_string(c.head_dim);
+  for (const Lengths& n : c.seqs)
+    s.append(" ").append(std::to_string(n.num_new) + "/" + std::to_string(n.all));
+  return s;
+}
+
+// A CTA per query and head. want = the result, magnitude = the same with |values|
+template <class Cached, class T>
+__global__ void reference(double* want, double* magnitude, const nf::PrefillAttentionParams<T> p) {
+  extern __shared__ double s_weights[];
+  __shared__ double s_sum;
+  const int H = p.num_kv_heads * p.group, D = p.head_dim;
+  const int token = blockIdx.x / H, head = blockIdx.x % H, kv_head = head / p.group;
+  int seq = 0;
+  while (p.q_start[seq + 1] <= token) ++seq;
+  const int keys = int(p.kv_len[seq] - (p.q_start[seq + 1] - token) + 1);
+  const auto row = [&](const void* cache, int64_t page_stride, int key) {
+    return static_cast<const Cached*>(cache) +
+           p.page_table[seq * p.page_table_stride + key / kPage] * page_stride +
+           (kv_head * kPage + key % kPage) * D;
+  };
+  for (int key = threadIdx.x; key < keys; key += blockDim.x) {
+    double score = 0;
+    for (int d = 0; d < D; ++d)
+      score += double(float(p.q[token * p.q_stride + head * D + d])) *
+               double(float(row(p.k_cache, p.k_page_stride, key)[d]));
+    s_weights[key] = score * p.softmax_scale * p.k_scale;
+  }
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    double largest = -INFINITY, sum = 0;
+    for (int key = 0; key < keys; ++key) largest = fmax(largest, s_weights[key]);
+    for (int key = 0; key < keys; ++key) sum += s_weights[key] = exp(s_weights[key] - largest);
+    s_sum = sum;
+  }
+  __syncthreads();
+  for (int d = threadIdx.x; d < D; d += blockDim.x) {
+    double result = 0, absolute = 0;
+    for (int key = 0; key < keys; ++key) {
+      const double v = s_weights[key] * double(float(row(p.v_cache, p.v_page_stride, key)[d]));
+      result += v, absolute += fabs(v);
+    }
+    want[int64_t(blockIdx.x) * D + d] = result / s_sum * p.v_scale;
+    magnitude[int64_t(blockIdx.x) * D + d] = absolute / s_sum * p.v_scale;
+  }
+}
+
+// Everything that is no valid token stays NaN.
+template <class T>
+__global__ void fill_cache(T* cache, const int64_t* page_table, const int64_t* kv_len, int max_pages,
+                           int64_t page_stride, int num_kv_heads, int head_dim, uint32_t seed) {
+  const int seq = blockIdx.y, width = num_kv_heads * head_dim;
+  for (int64_t i = blockIdx.x * int64_t(blockDim.x) + threadIdx.x; i < kv_len[seq] * width;
+       i += int64_t(gridDim.x) * blockDim.x) {
+    const int token = int(i / width), head = int(i % width) / head_dim, d = int(i % head_dim);
+    cache[page_table[seq * max_pages + token / kPage] * page_stride +
+          (head * kPage + token % kPage) * head_dim + d] =
+        T(testing::hash_normal(i + (int64_t(seq) << 40), seed));
+  }
+}
+
+template <class T, class Cached>
+class Problem {
+ public:
+  explicit Problem(const Case& c)
+      : c_(c),
+        max_pages_(max_pages()),
+        num_pages_(int(c.seqs.size()) * max_pages_ + 3),
+        page_stride_(int64_t(c.num_kv_heads) * kPage * c.head_dim * 2),  // K and V of a page side by side
+        q_stride_((c.group + 2) * c.num_kv_heads * c.head_dim),
+        out_stride_(c.group * c.num_kv_heads * c.head_dim + 16),
+        num_tokens_(total_new()),
+        q_(num_tokens_ * q_stride_),
+        out_(num_tokens_ * out_stride_),
+        cache_(num_pages_ * page_stride_),
+        page_table_(shuffled_pages()),
+        q_start_(starts()),
+        kv_len_(lengths()) {
+    testing::fill_normal<<<256, 256>>>(q_.get(), num_tokens_ * q_stride_, 1, 2.0f, 0.0f);
+    cache_.fill(0xff);
+    const dim3 grid(64, unsigned(c.seqs.size()));
+    for (int i = 0; i < 2; ++i)
+      fill_cache<<<grid, 256>>>(cache_.get() + i * page_stride_ / 2, page_table_.get(), kv_len_.get(),
+                                max_pages_, page_stride_, c.num_kv_heads, c.head_dim, 2 + i);
+    NF_CUDA(cudaDeviceSynchronize());
+  }
+
+  static constexpr bool kFp8 = sizeof(Cached) == 1;
+
+  nf::PrefillAttentionParams<T> params() const {
+    return {.out = out_.get(),
+            .q = q_.get(),
+            .k_cache = cache_.get(),
+            .v_cache = cache_.get() + page_stride_ / 2,
+            .page_table = page_table_.get(),
+            .q_start = q_start_.get(),
+            .kv_len = kv_len_.get(),
+            .num_tokens = num_tokens_,
+            .num_pages = num_pages_,
+            .num_seqs = int(c_.seqs.size()),
+            .num_kv_heads = c_.num_kv_heads,
+            .group = c_.group,
+            .head_dim = c_.head_dim,
+            .q_stride = q_stride_,
+            .out_stride = out_stride_,
+            .k_page_stride = page_stride_,
+            .v_page_stride = page_stride_,
+            .page_table_stride = max_pages_,
+            .softmax_scale = 1 / std::sqrt(float(c_.head_dim)),
+            .k_scale = kFp8 ? 0.5f : 1.0f,
+            .v_scale = kFp8 ? 0.25f : 1.0f,
+            .fp8_cache = kFp8};
+  }
+
+  // On poisoned output.
+  std::vector<T> run(const nf::PrefillAttentionParams<T>& p) const {
+    out_.fill(0xff);
+    nf::prefill_attention<T>(p, nullptr);
+    NF_CUDA(cudaDeviceSynchronize());
+    return out_.read();
+  }
+
+  void check_all() {
+    const std::vector<T> out = run(params());
+    check(same(out, run(params()), 0, num_tokens_), "two runs differ, " + name(c_));
+    check_values(out);
+    check_parts(out);
+    std::printf("%-40.40s %s worst error %.2f of what roundings allow\n", name(c_).c_str(),
+                kFp8 ? "e4m3" : "    ", worst_);
+  }
+
+ private:
+  int max_pages() const {
+    int most = 1;
+    for (const Lengths& n : c_.seqs) most = std::max(most, (n.all + kPage - 1) / kPage);
+    return most + 1;  // more columns than any sequence uses
+  }
+  int64_t total_new() const {
+    int64_t sum = 0;
+    for (const Lengths& n : c_.seqs) sum += n.num_new;
+    return sum;
+  }
+  std::vector<int64_t> shuffled_pages() const {
+    std::vector<int64_t> order(num_pages_);
+    for (int i = 0; i < num_pages_; ++i) order[i] = i;
+    std::shuffle(order.begin(), order.end(), std::mt19937(0));
+    order.resize(c_.seqs.size() * max_pages_);
+    for (size_t s = 0; s < c_.seqs.size(); ++s)  // what is not used is no page
+      for (int i = (c_.seqs[s].all + kPage - 1) / kPage; i < max_pages_; ++i)
+        order[s * max_pages_ + i] = -77777;
+    return order;
+  }
+  std::vector<int64_t> starts() const {
+    std::vector<int64_t> at{0};
+    for (const Lengths& n : c_.seqs) at.push_back(at.back() + n.num_new);
+    return at;
+  }
+  std::vector<int64_t> lengths() const {
+    std::vector<int64_t> all;
+    for (const Lengths& n : c_.seqs) all.push_back(n.all);
+    return all;
+  }
+
+  int width() const { return c_.group * c_.num_kv_heads * c_.head_dim; }
+
+  bool same(const std::vector<T>& a, const std::vector<T>& b, int64_t from, int64_t to) const {
+    for (int64_t t = from; t < to; ++t)
+      if (std::memcmp(&a[t * out_stride_], &b[t * out_stride_], width() * sizeof(T)) != 0) return false;
+    return true;
+  }
+
+  // A weight and the result are rounded once each. (The FP32 sums add next to nothing.) With e4m3, weights
+  // are halves.
+  void check_values(const std::vector<T>& out) {
+    const DeviceArray<double> want_device(num_tokens_ * width()), magnitude_device(num_tokens_ * width());
+    const int smem = max_pages_ * kPage * int(sizeof(double));
+    NF_CUDA(cudaFuncSetAttribute(reference<Cached, T>, cudaFuncAttributeMaxDynamicSharedMemorySize, smem));
+    reference<Cached><<<unsigned(num_tokens_ * c_.group * c_.num_kv_heads), 128, smem>>>(
+        want_device.get(), magnitude_device.get(), params());
+    NF_CUDA(cudaDeviceSynchronize());
+    const std::vector<double> want = want_device.read(), magnitude = magnitude_device.read();
+    constexpr double kRounding = std::is_same_v<T, __half> ? 0x1p-11 : 0x1p-8,
+                     kWeight = kFp8 ? 0x1p-11 : kRounding;
+    int64_t token = 0;
+    for (const Lengths& n : c_.seqs) {
+      for (const int64_t end = token + n.num_new; token < end; ++token)
+        for (int64_t i = 0; i < out_stride_; ++i) {
+          const double found = float(out[token * out_stride_ + i]);
+          const bool ours = n.num_new > nf::kMostDecodeQueries && i < width();
+          const double target = ours ? want[token * width() + i] : NAN;
+          const double allowed =
+              ours ? (kRounding * std::abs(target) + kWeight * magnitude[token * width() + i]) * 1.01 + 1e-6
+                   : 0;
+          if (ours ? std::abs(found - target) <= allowed : std::isnan(found)) {
+            if (ours) worst_ = std::max(worst_, std::abs(found - target) / allowed);
+            continue;
+          }
+          check(false, "found " + std::to_string(found) + ", want " + std::to_string(target) +
+                           " (NaN: untouched), token " + std::to_string(token) + " column " +
+                           std::to_string(i) + ", " + name(c_));
+        }
+    }
+  }
+
+  // Each sequence alone, and the second half of its queries alone: the same bits.
+  void check_parts(const std::vector<T>& out) {
+    int64_t token = 0;
+    for (size_t s = 0; s < c_.seqs.size(); ++s) {
+      const Lengths n = c_.seqs[s];
+      for (const int skipped : {0, n.num_new / 2, n.num_new - 9}) {
+        if (skipped < 0 || n.num_new - skipped <= nf::kMostDecodeQueries) continue;
+        const int64_t count = n.num_new - skipped, first = token + skipped;
+        const DeviceArray<int64_t> q_start({0, count});
+        auto p = params();
+        p.q += first * q_stride_;
+        p.out += first * out_stride_;
+        p.num_tokens = count, p.num_seqs = 1;
+        p.page_table += s * max_pages_, p.kv_len += s, p.q_start = q_start.get();
+        check(same(out, run(p), first, first + count), "other bits without the first " +
+                                                           std::to_string(skipped) + " queries of sequence " +
+                                                           std::to_string(s) + ", " + name(c_));
+      }
+      token += n.num_new;
+    }
+  }
+
+  const Case c_;
+  const int max_pages_, num_pages_;
+  const int64_t page_stride_, q_stride_, out_stride_, num_tokens_;
+  DeviceArray<T> q_, out_;
+  DeviceArray<Cached> cache_;
+  DeviceArray<int64_t> page_table_, q_start_, kv_len_;
+  double worst_ = 0;
+};
+
+const std::vector<Lengths> kRagged = {{9, 9},     {1, 70},   {64, 64},   {63, 200},   {65, 65},
+                                      {127, 128}, {8, 8},    {129, 129}, {1, 1},      {257, 1025},
+                                      {16, 2048}, {10, 130}, {640, 640}, {128, 1152}, {33, 4000}};
+bool tiny = false;
+const Case kTiny[] = {{1, 8, 128, {{70, 70}, {2, 66}, {20, 150}}}, {2, 3, 64, {{40, 140}}}};
+const Case kCases[] = {
+    {2, 8, 128, kRagged},        {1, 1, 128, kRagged},        {3, 3, 64, kRagged},
+    {2, 16, 128, kRagged},       {2, 4, 64, kRagged},         {1, 5, 128, kRagged},
+    {4, 2, 128, kRagged},        {1, 16, 64, kRagged},        {1, 1, 64, kRagged},
+    {8, 8, 128, {{2048, 2048}}}, {2, 8, 128, {{300, 20000}}}, {1, 8, 128, {{8, 9}, {3, 3}}},
+};
+
+template <class T, class Cached>
+void check_cases() {
+  const auto cases = tiny ? std::vector<Case>(std::begin(kTiny), std::end(kTiny))
+                          : std::vector<Case>(std::begin(kCases), std::end(kCases));
+  for (const Case& c : cases) Problem<T, Cached>(c).check_all();
+  if (tiny) return;
+  Case many{2, 8, 128, {}};  // more sequences than a warp has lanes, of equal and of different lengths
+  for (int i = 0; i < 100; ++i) many.seqs.push_back({1 + i % 40, 1 + i % 40 + i * 7 % 300});
+  Problem<T, Cached>(many).check_all();
+}
+
+void check_rejects() {
+  nf::PrefillAttentionParams<__nv_bfloat16> p{};
+  p.group = 17;
+  testing::expect_throws([&] { nf::prefill_attention(p, nullptr); }, "G=17");
+  p.group = 8, p.softmax_scale = 1, p.num_tokens = 100, p.num_seqs = 1025;
+  testing::expect_throws([&] { nf::prefill_attention(p, nullptr); }, "S=1025");
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  if (!testing::is_hopper()) {
+    std::puts("skipped: no GPU of sm_90");
+    return testing::kSkipped;
+  }
+  tiny = argc > 1 && std::strcmp(argv[1], "tiny") == 0;
+  return testing::run([] {
+    check_cases<__nv_bfloat16, __nv_bfloat16>();
+    check_cases<__nv_bfloat16, __nv_fp8_e4m3>();
+    check_cases<__half, __half>();
+    check_cases<__half, __nv_fp8_e4m3>();
+    check_rejects();
+  });
+}
