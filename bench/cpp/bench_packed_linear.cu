@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Times packed_linear without torch: every linear of Super-49B alone (launches chained over memory far beyond
 // L2), and all of them in the order of one decode step, each weight in its own memory. CUDA graphs, median of
-// replays, random bits.
-//   bench_packed_linear [T...]        default: 1 8 64 256
+// replays, random data. The TFLOP/s count 2 T N K operations.
+//   bench_packed_linear [T...]        default: 1 8 64 128 256 2048 8192
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
@@ -28,6 +28,7 @@ struct Width {
 };
 const Width kWidths[] = {{2816, 6}, {5632, 8}, {7168, 10}, {14336, 6}, {17920, 1}, {28672, 49}};
 constexpr int kHidden = 8192, kAttentionLayers = 49;
+constexpr int kMaxTokens = 8192, kMaxLogitRows = 256;
 const Linear kQkv{"qkv", 10240, kHidden, 1}, kO{"o", kHidden, kHidden, 1},
     kHead{"lm_head bf16", 128256, kHidden, 2};
 
@@ -47,13 +48,17 @@ std::vector<Linear> decode_step() {
   return step;
 }
 
-// Random bits, without the NaNs and infinities of either type: bit 6 of each byte is 0.
-__global__ void fill(uint32_t* words, size_t size) {
+// Normal values, as e4m3: the sum of four uniforms, variance 1. Other data changes the GPU's power and so its
+// clock. Read as bf16 they are normal numbers too.
+__global__ void fill(__nv_fp8_e4m3* values, size_t size) {
   for (size_t i = blockIdx.x * size_t(blockDim.x) + threadIdx.x; i < size;
        i += size_t(gridDim.x) * blockDim.x) {
     uint64_t v = (i + 1) * 0x9E3779B97F4A7C15ull;
     v = (v ^ v >> 30) * 0xBF58476D1CE4E5B9ull;
-    words[i] = uint32_t(v ^ v >> 31) & 0xbfbfbfbfu;
+    v ^= v >> 31;
+    float sum = -2.0f;
+    for (int j = 0; j < 4; ++j) sum += float(v >> (16 * j) & 0xffff) * 0x1p-16f;
+    values[i] = __nv_fp8_e4m3(sum * 1.7320508f);
   }
 }
 
@@ -93,7 +98,8 @@ struct Bench {
         .weight_scale_per_row = false,
         .out_type = nf::OutType::kBfloat16,
         .epilogue = nf::Epilogue::kStore,
-        .schedule = nf::make_linear_schedule(l.num_rows, l.num_cols, l.element_bytes, num_sms)};
+        .schedule = nf::make_linear_schedule(l.num_rows, l.num_cols, l.element_bytes, num_sms),
+        .num_sms = num_sms};
     l.element_bytes == 1 ? nf::packed_linear<Fp8>(p, stream) : nf::packed_linear<Bf16>(p, stream);
   }
 
@@ -127,7 +133,8 @@ struct Bench {
   }
 
   void shape(const Linear& l, int num_tokens) const {
-    const int launches = int(std::clamp<int64_t>(2'500'000'000 / l.bytes(), 3, 40));
+    const double tflop = 2e-12 * num_tokens * l.num_rows * l.num_cols;
+    const int launches = int(std::clamp<double>(std::min(2.5e9 / double(l.bytes()), 12.0 / tflop), 3, 40));
     const int64_t stride = (l.bytes() + 65535) / 32768 * 32768;
     const int sets = int(std::min<int64_t>(launches, weight_bytes / stride));
     const double us = time_us(
@@ -137,13 +144,16 @@ struct Bench {
                           },
                           5) /
                       launches;
-    std::printf("  T=%-3d %-12s %6d x %-5d %8.2f us %6.3f TB/s\n", num_tokens, l.name, l.num_rows, l.num_cols,
-                us, l.bytes() / us / 1e6);
+    std::printf("  T=%-4d %-12s %6d x %-5d %8.2f us %6.3f TB/s %6.0f TFLOP/s\n", num_tokens, l.name,
+                l.num_rows, l.num_cols, us, double(l.bytes()) / us / 1e6, tflop / us * 1e6);
   }
 
   void step(int num_tokens) const {
     int64_t bytes = 0;
-    const std::vector<Linear> step = decode_step();
+    std::vector<Linear> step = decode_step();
+    if (num_tokens > kMaxLogitRows) step.pop_back();  // only the last token of a prompt has logits
+    double tflop = 0;
+    for (const Linear& l : step) tflop += 2e-12 * num_tokens * l.num_rows * l.num_cols;
     const double us = time_us(
         [&] {
           bytes = 0;
@@ -153,9 +163,9 @@ struct Bench {
             enqueue(step[i], packed, num_tokens);
           }
         },
-        7);
-    std::printf("T=%-3d all %zu linears of a step, %.2f GB: %.3f ms, %.3f TB/s\n", num_tokens, step.size(),
-                bytes / 1e9, us / 1e3, bytes / us / 1e6);
+        num_tokens > kMaxLogitRows ? 3 : 7);
+    std::printf("T=%-4d all %zu linears of a step, %.2f GB: %.3f ms, %.3f TB/s, %.0f TFLOP/s\n", num_tokens,
+                step.size(), double(bytes) / 1e9, us / 1e3, double(bytes) / us / 1e6, tflop / us * 1e6);
   }
 };
 
@@ -164,7 +174,7 @@ struct Bench {
 int main(int argc, char** argv) {
   std::vector<int> tokens;
   for (int i = 1; i < argc; ++i) tokens.push_back(std::atoi(argv[i]));
-  if (tokens.empty()) tokens = {1, 8, 64, 256};
+  if (tokens.empty()) tokens = {1, 8, 64, 128, 256, 2048, 8192};
   try {
     cudaDeviceProp gpu;
     NF_CUDA(cudaGetDeviceProperties(&gpu, 0));
@@ -172,14 +182,14 @@ int main(int argc, char** argv) {
     b.num_sms = gpu.multiProcessorCount;
     b.weight_bytes = int64_t(50) << 30;
     NF_CUDA(cudaMalloc(&b.weights, b.weight_bytes));
-    NF_CUDA(cudaMalloc(&b.x, 256 * 28672 * 2));
-    NF_CUDA(cudaMalloc(&b.out, int64_t(256) * 128256 * 2));
-    const int64_t workspace_bytes = nf::linear_workspace_bytes(256, b.num_sms);
+    NF_CUDA(cudaMalloc(&b.x, kMaxTokens * 28672));
+    NF_CUDA(cudaMalloc(&b.out, int64_t(kMaxTokens) * 57344 * 2));
+    const int64_t workspace_bytes = nf::linear_workspace_bytes(b.num_sms);
     NF_CUDA(cudaMalloc(&b.workspace, workspace_bytes));
     NF_CUDA(cudaMemset(b.workspace, 0xff, workspace_bytes));
     NF_CUDA(cudaStreamCreateWithFlags(&b.stream, cudaStreamNonBlocking));
-    fill<<<4096, 256, 0, b.stream>>>(reinterpret_cast<uint32_t*>(b.weights), b.weight_bytes / 4);
-    fill<<<4096, 256, 0, b.stream>>>(reinterpret_cast<uint32_t*>(b.x), 256 * 28672 / 2);
+    fill<<<4096, 256, 0, b.stream>>>(reinterpret_cast<Fp8*>(b.weights), b.weight_bytes);
+    fill<<<4096, 256, 0, b.stream>>>(reinterpret_cast<Fp8*>(b.x), kMaxTokens * 28672);
     NF_CUDA(cudaStreamSynchronize(b.stream));
     const double us = b.time_us(
         [&] {
@@ -190,9 +200,11 @@ int main(int argc, char** argv) {
     std::printf("%s; reads of 16 bytes: %.3f TB/s\n", gpu.name, b.weight_bytes / us / 1e6);
     for (int t : tokens) {
       b.step(t);
-      for (const Linear& l : {kQkv, kO, gate_up(2816), down(2816), down(5632), gate_up(7168), down(7168),
-                              gate_up(28672), down(28672), kHead})
-        b.shape(l, t);
+      std::vector<Linear> linears = {kQkv, kO};
+      for (const Width& w : kWidths) linears.insert(linears.end(), {gate_up(w.width), down(w.width)});
+      if (t <= kMaxLogitRows) linears.push_back(kHead);
+      linears.push_back({"qkv bf16", kQkv.num_rows, kQkv.num_cols, 2});
+      for (const Linear& l : linears) b.shape(l, t);
     }
   } catch (const std::exception& e) {
     std::fprintf(stderr, "%s\n", e.what());

@@ -68,6 +68,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("norm_config", &nf::pick_norm_config, py::arg("dim"),
         "How the norm kernels lay a row of `dim` elements out.");
 
-  m.def("linear_workspace_bytes", &nf::linear_workspace_bytes, py::arg("num_tokens"), py::arg("num_sms"),
+  m.def("linear_workspace_bytes", &nf::linear_workspace_bytes, py::arg("num_sms"),
         "Of the workspace of a packed linear.");
 }

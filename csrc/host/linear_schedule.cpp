@@ -26,14 +26,14 @@ LinearSchedule make_linear_schedule(int64_t num_rows, int64_t num_cols, int elem
 }
 
 int padded_tokens(int num_tokens) {
-  for (int padded : {8, 16, 32, 64, 128, 256})
+  for (int padded : {8, 16, 32, kMaxFewTokens})
     if (num_tokens <= padded) return padded;
-  throw Error("padded_tokens: want T <= 256, found T=" + std::to_string(num_tokens));
+  throw Error("padded_tokens: want T <= 64, found T=" + std::to_string(num_tokens));
 }
 
-int64_t linear_workspace_bytes(int num_tokens, int num_sms) {
+int64_t linear_workspace_bytes(int num_sms) {
   NF_CHECK(num_sms > 0, std::to_string(num_sms));
-  return int64_t(num_sms) * kBlockRows * padded_tokens(num_tokens) * int64_t(sizeof(float));
+  return int64_t(num_sms) * kBlockRows * kMaxFewTokens * int64_t(sizeof(float));
 }
 
 }  // namespace nf

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Which CTA multiplies what: stream-K over a packed weight (weight_layout.h).
+// Which CTA multiplies what when there are few tokens: stream-K over a packed weight (weight_layout.h).
 //
 // The k tiles of all blocks, K innermost, form one sequence, as they do in memory. It is cut into as many
 // equal slices as there are SMs, one per CTA. A slice is a run of pieces, each within one block:
@@ -38,12 +38,14 @@ struct LinearSchedule {
 
 LinearSchedule make_linear_schedule(int64_t num_rows, int64_t num_cols, int element_bytes, int num_sms);
 
+constexpr int kMaxFewTokens = 64;  // of the kernel that works so; more take the GEMM (gemm_schedule.h)
+
 // The workspace of a launch: slots [CTA][2 warpgroups][tokens / 8][128 threads][4] float. A value is its own
 // flag: before the first launch, and after each, all bits are set (a NaN that no sum is), which the owner
 // takes for "not there yet".
-int64_t linear_workspace_bytes(int num_tokens, int num_sms);
+int64_t linear_workspace_bytes(int num_sms);
 
-// The tokens that the kernel for `num_tokens` computes: 8, 16, 32, 64, 128 or 256.
+// The tokens that the kernel for `num_tokens` computes: 8, 16, 32 or 64.
 int padded_tokens(int num_tokens);
 
 }  // namespace nf

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "kernels/linear/linear.h"
 
+#include <climits>
+
 #include "kernels/common/check.h"
 #include "ops/register.h"
 #include "ops/row_stats.h"
@@ -100,15 +102,14 @@ PackedLinearParams make_params(Epilogue epilogue, const Tensor& out, const Opera
   check_device(in.packed, x, "packed");
   check_dtype(x, in.x_stats ? ScalarType::BFloat16 : in.packed.scalar_type(), "x");
   check_packed(in.packed, N, K);
-  const int64_t max_tokens = in.x_stats ? kMaxTokensWithStats : 256;
+  const int64_t max_tokens = in.x_stats ? kMaxTokensWithStats : INT_MAX;
   if (T > max_tokens)
     reject("x", "dim 0 is " + std::to_string(T) + ", want at most " + std::to_string(max_tokens));
   const int sms = num_sms(x);
-  const int64_t workspace_bytes = linear_workspace_bytes(int(T), sms);
+  const int64_t workspace_bytes = linear_workspace_bytes(sms);
   check_device(in.workspace, x, "workspace");
   if (in.workspace.numel() * int64_t(in.workspace.element_size()) < workspace_bytes)
-    reject("workspace",
-           "is too small, want " + std::to_string(workspace_bytes) + " bytes for T=" + std::to_string(T));
+    reject("workspace", "is too small, want " + std::to_string(workspace_bytes) + " bytes");
 
   const float* x_scale = check_scale(in.x_scale, T, x, "x_scale");
   PackedLinearParams params{
@@ -127,6 +128,7 @@ PackedLinearParams make_params(Epilogue epilogue, const Tensor& out, const Opera
       .out_type = out_type_of(out),
       .epilogue = epilogue,
       .schedule = make_linear_schedule(N, K, int(in.packed.element_size()), sms),
+      .num_sms = sms,
   };
   if (in.x_stats) {
     if (params.x_scale_per_token) reject("x_scale", "is one per token: the statistics give that");

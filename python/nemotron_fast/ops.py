@@ -138,7 +138,7 @@ def packed_linear(
     x_rows: RowStats | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """out [T, N] bf16 or float32 = x [T, K] @ weight [N, K]^T for T <= 256; x has the weight's type.
+    """out [T, N] bf16 or float32 = x [T, K] @ weight [N, K]^T; x has the weight's type.
 
     x_scale [1] or [T], weight_scale [1] or [N] float32, None is 1. `workspace`: packing.make_workspace, one per stream.
     With `x_rows` (T <= 16), x is bf16 and is normalised and, for an e4m3 weight, quantised on its way, by x_scale [1]

@@ -14,7 +14,6 @@ from nemotron_fast import _C, reference
 
 BLOCK_ROWS = 128
 TILE_BYTES = 128  # of K
-MAX_TOKENS = 256
 MAX_TOKENS_WITH_STATS = 16  # of rows that are read or left with statistics
 CPU_WORKSPACE_BYTES = 16  # the CPU backend needs none
 
@@ -27,12 +26,12 @@ def packed_shape(num_rows: int, num_cols: int, dtype: torch.dtype) -> tuple[int,
     return -(-num_rows // BLOCK_ROWS), -(-num_cols // tile), BLOCK_ROWS, tile
 
 
-def make_workspace(device: torch.device | str, max_tokens: int = MAX_TOKENS) -> Tensor:
-    """What packed linears of up to `max_tokens` on one stream share. All bits are set: "no partial sum here yet"."""
+def make_workspace(device: torch.device | str) -> Tensor:
+    """What the packed linears on one stream share. All bits are set: "no partial sum here yet"."""
     device = torch.device(device)
     size = CPU_WORKSPACE_BYTES
     if device.type == "cuda":
-        size = _C.linear_workspace_bytes(max_tokens, torch.cuda.get_device_properties(device).multi_processor_count)
+        size = _C.linear_workspace_bytes(torch.cuda.get_device_properties(device).multi_processor_count)
     return torch.full((size,), 255, dtype=torch.uint8, device=device)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from nemotron_fast import ops
 from nemotron_fast.ops import RowStats
 from nemotron_fast.packed_weights import PackedWeight
-from nemotron_fast.packing import BLOCK_ROWS, MAX_TOKENS
+from nemotron_fast.packing import BLOCK_ROWS
 from nemotron_fast.weights import LinearWeight, MLPWeights
 
 Linear = LinearWeight | PackedWeight
@@ -79,12 +79,9 @@ class Residual:
         return run_linear(x, x_scale, linear, self._workspace, self._rows.dtype)
 
     def _packed_swiglu(self, x: Tensor, x_scale: Tensor | None, gate_up: PackedWeight) -> Tensor:
-        width = gate_up.num_rows // 2
-        out = self._rows.new_empty(len(x), width)
-        for rows in _slices(len(x)):
-            scales = {"x_scale": _of_rows(x_scale, rows), "weight_scale": gate_up.weight_scale}
-            ops.packed_swiglu(x[rows], gate_up.packed, width, self._workspace, out=out[rows], **scales)
-        return out
+        out = self._rows.new_empty(len(x), gate_up.num_rows // 2)
+        scales = {"x_scale": x_scale, "weight_scale": gate_up.weight_scale}
+        return ops.packed_swiglu(x, gate_up.packed, out.shape[1], self._workspace, out=out, **scales)
 
 
 class RowStatsResidual:
@@ -142,11 +139,7 @@ def run_linear(x: Tensor, x_scale: Tensor | None, linear: Linear, workspace: Ten
     scales = {"x_scale": x_scale, "weight_scale": linear.weight_scale}
     if isinstance(linear, LinearWeight):
         return ops.linear(x, linear.weight, out_dtype=out_dtype, **scales)
-    out = torch.empty(len(x), linear.num_rows, dtype=out_dtype, device=x.device)
-    for rows in _slices(len(x)):
-        scales["x_scale"] = _of_rows(x_scale, rows)
-        ops.packed_linear(x[rows], linear.packed, linear.num_rows, workspace, out=out[rows], **scales)
-    return out
+    return ops.packed_linear(x, linear.packed, linear.num_rows, workspace, out_dtype=out_dtype, **scales)
 
 
 def quantize(x: Tensor, linear: Linear) -> tuple[Tensor, Tensor | None]:
@@ -156,13 +149,3 @@ def quantize(x: Tensor, linear: Linear) -> tuple[Tensor, Tensor | None]:
     if linear.input_scale is not None:
         return ops.quantize_fp8(x, linear.input_scale), linear.input_scale
     return ops.quantize_fp8_per_token(x)
-
-
-def _slices(num_tokens: int) -> list[slice]:
-    """Tokens in the portions that one launch of a packed linear takes."""
-    return [slice(t, min(t + MAX_TOKENS, num_tokens)) for t in range(0, num_tokens, MAX_TOKENS)]
-
-
-def _of_rows(x_scale: Tensor | None, rows: slice) -> Tensor | None:
-    """A per-token scale's share of the rows; a static one serves all."""
-    return x_scale if x_scale is None or x_scale.numel() == 1 else x_scale[rows]

@@ -7,6 +7,7 @@
 #include <random>
 #include <vector>
 
+#include "host/gemm_schedule.h"
 #include "host/linear_schedule.h"
 #include "host/weight_layout.h"
 #include "testing.h"
@@ -172,16 +173,42 @@ void test_slices_are_equal_and_complete() {
 void test_workspace_and_tokens() {
   EXPECT_EQ(nf::padded_tokens(1), 8);
   EXPECT_EQ(nf::padded_tokens(9), 16);
-  EXPECT_EQ(nf::padded_tokens(256), 256);
-  EXPECT_EQ(nf::linear_workspace_bytes(256, 132), 132LL * 128 * 256 * 4);
+  EXPECT_EQ(nf::padded_tokens(64), 64);
+  EXPECT_EQ(nf::linear_workspace_bytes(132), 132LL * 128 * 64 * 4);
+}
+
+// Each tile of 256 rows x 128 tokens is computed by one cluster, and the clusters end at about the same time.
+void test_gemm_tiles() {
+  for (int clusters : {1, 54, 66})
+    for (int tokens : {1, 128, 129, 256, 257, 300, 384, 385, 2048, 2100, 8192, 8200})
+      for (int rows : {16, 576, 5632, 8192, 11264, 57344}) {
+        const nf::GemmSchedule s = nf::make_gemm_schedule(rows, tokens, clusters);
+        const int pairs = (rows + 255) / 256, halves = (tokens + 127) / 128;
+        std::vector<int> hits(pairs * halves + pairs), cost(clusters);
+        for (int i = 0; i < s.num_tiles; ++i) {
+          const nf::GemmTile tile = s.tile(i);
+          EXPECT_EQ(tile.pair >= 0 && tile.pair < pairs, true);
+          EXPECT_EQ(tile.token % 128 == 0 && tile.token >= 0 && tile.token < tokens, true);
+          cost[i % clusters] += tile.num_halves;
+          for (int h = 0; h < tile.num_halves; ++h) ++hits.at(tile.pair * halves + tile.token / 128 + h);
+        }
+        EXPECT_EQ(std::count(hits.begin(), hits.end(), 1), std::ptrdiff_t(pairs) * halves);
+        EXPECT_EQ(*std::max_element(cost.begin(), cost.end()), s.rounds());
+      }
+  EXPECT_EQ(nf::make_gemm_schedule(8192, 2048, 66).rounds(), 8);
+  EXPECT_EQ(nf::make_gemm_schedule(11264, 2048, 66).rounds(), 11);  // 5 rounds of full tiles, 1 of halves
+  EXPECT_EQ(nf::make_gemm_schedule(8192, 256, 66).rounds(), 1);
+  EXPECT_EQ(nf::make_gemm_schedule(57344, 256, 66).rounds(), 7);
 }
 
 void test_rejects() {
   testing::expect_throws([] { nf::packed_shape(24, 16, 1); }, "found N=24");
   testing::expect_throws([] { nf::packed_shape(16, 0, 1); }, "found K=0");
   testing::expect_throws([] { nf::packed_shape(16, 16, 4); }, "found 4");
-  testing::expect_throws([] { nf::padded_tokens(257); }, "found T=257");
+  testing::expect_throws([] { nf::padded_tokens(65); }, "found T=65");
   testing::expect_throws([] { nf::make_linear_schedule(16, 16, 1, 0); }, "found 0");
+  testing::expect_throws([] { nf::make_gemm_schedule(16, 1, 0); }, "found 0");
+  testing::expect_throws([] { nf::make_gemm_schedule(16, 0, 1); }, "found 0");
 }
 
 }  // namespace
@@ -195,6 +222,7 @@ int main() {
     test_emulated_products();
     test_slices_are_equal_and_complete();
     test_workspace_and_tokens();
+    test_gemm_tiles();
     test_rejects();
   });
 }

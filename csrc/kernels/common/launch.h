@@ -13,6 +13,7 @@ struct Grid {
   dim3 ctas;
   int threads;
   int smem_bytes = 0;  // dynamic shared memory
+  int cluster = 1;     // CTAs of a cluster; only kernels written for sm_90 may have more
 };
 
 // May this kernel overlap the one before it in the stream? (Programmatic dependent launch.)
@@ -51,17 +52,19 @@ void prepare(int max_smem_bytes) {
 template <auto kKernel, class... Args>
 void launch(const Grid& grid, cudaStream_t stream, const Args&... args) {
   prepare<kKernel>(grid.smem_bytes);
-  cudaLaunchAttribute overlap{};
-  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  overlap.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchAttribute attributes[2]{};
+  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[0].val.programmaticStreamSerializationAllowed = 1;
+  attributes[1].id = cudaLaunchAttributeClusterDimension;
+  attributes[1].val.clusterDim = {.x = unsigned(grid.cluster), .y = 1, .z = 1};
 
   cudaLaunchConfig_t config{};
   config.gridDim = grid.ctas;
   config.blockDim = dim3(grid.threads);
   config.dynamicSmemBytes = size_t(grid.smem_bytes);
   config.stream = stream;
-  config.attrs = &overlap;
-  config.numAttrs = can_overlap<kKernel>() ? 1 : 0;
+  config.attrs = attributes;
+  config.numAttrs = can_overlap<kKernel>() ? (grid.cluster > 1 ? 2 : 1) : 0;
   NF_CUDA(cudaLaunchKernelEx(&config, kKernel, args...));
 }
 

@@ -13,9 +13,6 @@ namespace {
 constexpr int kWarpgroupThreads = 128;
 constexpr int kStripRows = 16;  // of a warp: a multiple of 16 rows is all inside the weight or all outside
 
-template <class C>
-using Accumulators = float[C::kPasses][C::kRegs];
-
 // Rows r and r + 1, in that order, of one token.
 struct RowPair {
   float v[2];
@@ -74,8 +71,8 @@ __device__ __forceinline__ float2 store_pairs(const PackedLinearParams& p, const
       if (p.out_stats) {
         float2 weight{1.0f, 1.0f};
         if (p.out_norm_weight)
-          weight = __bfloat1622float2(
-              *reinterpret_cast<const __nv_bfloat162*>(p.out_norm_weight + row + 8 * h));
+          weight =
+              __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(p.out_norm_weight + row + 8 * h));
         stats = merge_stats(stats, pair_stats(__bfloat1622float2(sum), weight));
       }
     } else {
@@ -85,30 +82,35 @@ __device__ __forceinline__ float2 store_pairs(const PackedLinearParams& p, const
   return stats;
 }
 
-// Scales and stores the 16 rows from `strip` on. s_stats [C::kTokens]: what the warp leaves of their
-// statistics, if they are wanted. x_scale_of(t): the scale of token t's row of x.
-template <class C, class ScaleOf>
-__device__ __forceinline__ void finish(const Accumulators<C>& r_acc, const PackedLinearParams& p, int strip,
-                                       int lane, float2* s_stats, ScaleOf&& x_scale_of) {
+__device__ __forceinline__ float row_scale(const PackedLinearParams& p, int packed_row) {
+  if (!p.weight_scale) return 1.0f;
+  if (!p.weight_scale_per_row) return *p.weight_scale;
+  return p.weight_scale[p.epilogue == Epilogue::kSwiglu ? gate_up_row(packed_row, p.num_rows) : packed_row];
+}
+__device__ __forceinline__ float token_scale(const PackedLinearParams& p, int token) {
+  return p.x_scale ? p.x_scale[p.x_scale_per_token ? token : 0] : 1.0f;
+}
+
+// Scales and stores the 16 rows from `strip` on of the 2 * kRegs tokens from `first_token` on. s_stats
+// [tokens]: what the warp leaves of their statistics, if they are wanted. x_scale_of(t): the scale of token
+// t's row of x.
+template <bool kOutStats, int kRegs, class ScaleOf>
+__device__ __forceinline__ void finish(const float (&r_acc)[kRegs], const PackedLinearParams& p, int strip,
+                                       int first_token, int lane, float2* s_stats, ScaleOf&& x_scale_of) {
   const bool inside = strip < p.num_rows, odd_row = lane / 4 % 2 != 0;
   const int row = strip + lane / 8 * 2;
   float weight_scale[2][2];
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int packed_row = row + 8 * h + i;
-      const int64_t from = p.epilogue == Epilogue::kSwiglu ? gate_up_row(packed_row, p.num_rows) : packed_row;
-      weight_scale[h][i] =
-          p.weight_scale && inside ? p.weight_scale[p.weight_scale_per_row ? from : 0] : 1.0f;
-    }
+    for (int i = 0; i < 2; ++i) weight_scale[h][i] = inside ? row_scale(p, row + 8 * h + i) : 1.0f;
   }
 #pragma unroll
-  for (int i = 0; i < C::kTokens / 8; ++i) {
+  for (int i = 0; i < kRegs / 4; ++i) {
     asm volatile("" ::: "memory");  // eight tokens at a time: all addresses at once need too many registers
-    const float* r = &r_acc[i / (C::kRegs / 4)][i % (C::kRegs / 4) * 4];
+    const float* r = &r_acc[i * 4];
     RowPair y[2] = {exchange(r[0], r[1], odd_row), exchange(r[2], r[3], odd_row)};
-    const int token = i * 8 + lane % 4 * 2 + odd_row;
+    const int token = first_token + i * 8 + lane % 4 * 2 + odd_row;
     float2 stats{0.0f, 0.0f};
     if (inside && token < p.num_tokens) {
       const float x_scale = x_scale_of(token);
@@ -119,7 +121,7 @@ __device__ __forceinline__ void finish(const Accumulators<C>& r_acc, const Packe
       }
       stats = store_pairs(p, y, token, row);
     }
-    if constexpr (C::kOutStats) {
+    if constexpr (kOutStats) {
       if (!p.out_stats) continue;
 #pragma unroll
       for (int mask = 8; mask < kWarpSize; mask *= 2)  // the lanes that have the same token

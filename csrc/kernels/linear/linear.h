@@ -34,32 +34,39 @@ enum class Epilogue {
 };
 
 // y[t, n] = sum over k of x[t, k] weight[n, k], times the two scales, in FP32. kStore rounds it once; the
-// other epilogues first to bf16, as the ops do that they replace, and SwiGLU's product too. x has the weight's
-// type, __nv_fp8_e4m3 or __nv_bfloat16; or it is bf16 with statistics (row_stats.h), T <= kMaxTokensWithStats,
-// and is normalised and quantised on its way. A null scale is 1.
+// other epilogues first to bf16, as the ops do that they replace, and SwiGLU's product too. x has the
+// weight's type, __nv_fp8_e4m3 or __nv_bfloat16; or it is bf16 with statistics (row_stats.h), T <=
+// kMaxTokensWithStats, and is normalised and quantised on its way. A null scale is 1.
 struct PackedLinearParams {
-  void* out;                  // [T, N] of out_type, row stride out_stride, at a multiple of 8 bytes
+  void* out;                  // [T, N] of out_type, row stride out_stride; multiples of 16 bytes
   const void* x;              // [T, K], row stride x_stride; multiples of 16 bytes
   RowStatsParams x_rows;      // of x, if it has statistics; x_scale is null then
   const void* packed;         // the weight, packed; at a multiple of 16 bytes
   const float* x_scale;       // [T] if x_scale_per_token, else [1]
   const float* weight_scale;  // [N] if weight_scale_per_row, else [1]; rows in the order before packing
   const float* out_scale;     // [1], for kFp8
-  float2* out_stats;          // kAdd and bf16 kSwiglu, T <= kMaxTokensWithStats: statistics of out, one block per
-                              // block of the weight; or null
+  float2* out_stats;  // kAdd and bf16 kSwiglu, T <= kMaxTokensWithStats: statistics of out, one block per
+                      // block of the weight; or null
   const __nv_bfloat16* out_norm_weight;  // for out_stats: [N] of the norm that reads out, or null
-  void* workspace;  // linear_workspace_bytes(T, SMs), all bits set at first; one launch at a time may use it
-  int num_tokens;   // T, 0..256
-  int num_rows;     // N
-  int num_cols;     // K
-  int64_t out_stride;  // elements between rows, even
+  void* workspace;     // linear_workspace_bytes(SMs), all bits set at first; one launch at a time may use it
+  int num_tokens;      // T
+  int num_rows;        // N
+  int num_cols;        // K
+  int64_t out_stride;  // elements between rows
   int64_t x_stride;
   bool x_scale_per_token, weight_scale_per_row;
   OutType out_type;
   Epilogue epilogue;
-  LinearSchedule schedule;  // make_linear_schedule of N, K, the element size and the GPU
+  LinearSchedule schedule;  // make_linear_schedule of N, K, the element size and the GPU: up to kMaxFewTokens
+  int num_sms;              // of the GPU: beyond
 };
 template <class Element>
 void packed_linear(const PackedLinearParams& p, cudaStream_t stream);
+
+// The two kernels behind it; they trust p.
+template <class Element>
+void packed_linear_of_few(const PackedLinearParams& p, cudaStream_t stream);  // T <= kMaxFewTokens
+template <class Element>
+void gemm(const PackedLinearParams& p, cudaStream_t stream);
 
 }  // namespace nf

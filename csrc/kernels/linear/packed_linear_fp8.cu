@@ -4,8 +4,8 @@
 namespace nf {
 
 template <>
-void packed_linear<__nv_fp8_e4m3>(const PackedLinearParams& p, cudaStream_t stream) {
-  check_and_launch<__nv_fp8_e4m3>(p, stream);
+void packed_linear_of_few<__nv_fp8_e4m3>(const PackedLinearParams& p, cudaStream_t stream) {
+  launch_for_few_tokens<__nv_fp8_e4m3>(p, stream);
 }
 
 }  // namespace nf

@@ -4,7 +4,7 @@
 // same k tile of the activations into a ring, two warpgroups multiply 64 rows each. Where x are rows with
 // statistics, a few more warps make its tiles (tile_maker.cuh). Bandwidth bound: reads N * K weight elements
 // once, T * K activations from L2 per block. Measured on an H200: 4.4 TB/s of 4.54 for 1 to 8 tokens, 3.9 for
-// 64, 1.8 for 256.
+// 64.
 //
 // The weights depend on no kernel, so the ring is filled before wait_for_predecessor(): HBM works while the
 // predecessor ends.
@@ -34,32 +34,25 @@ constexpr int kStatsBarrier = 2;
 template <class Element_, int kTokens_, bool kMakesX_>
 struct LinearConfig {
   using Element = Element_;
-  static constexpr int kTokens = kTokens_;    // padded, the rows of an activation tile
-  static constexpr bool kMakesX = kMakesX_;   // are x rows with statistics?
+  static constexpr int kTokens = kTokens_;                           // padded, the rows of an activation tile
+  static constexpr bool kMakesX = kMakesX_;                          // are x rows with statistics?
   static constexpr bool kOutStats = kTokens <= kMaxTokensWithStats;  // may they be wanted of the result?
-  // Of one wgmma: more would leave no registers.
-  static constexpr int kMmaTokens = kTokens < 128 ? kTokens : 128;
-  static constexpr int kPasses = kTokens / kMmaTokens;
-  static constexpr int kRegs = kMmaTokens / 2;  // accumulators of a thread in a pass
+  static constexpr int kRegs = kTokens / 2;                          // accumulators of a thread
   static constexpr int kTileElements = kTileRowBytes / int(sizeof(Element));
 
   // wgmma keeps only some 14 bits of an e4m3 sum: it is added to FP32 registers after every k tile.
   static constexpr bool kPromote = sizeof(Element) == 1;
 
-  // Do two CTAs share an SM, one of this kernel and one of its successor, which fills its ring meanwhile?
-  static constexpr bool kOverlaps = kTokens <= 64;
   static constexpr int kStageBytes = kBlockTileBytes + kTokens * kTileRowBytes;
-  static constexpr int kStages = (kOverlaps ? 104 : 200) * 1024 / kStageBytes;
+  // Two CTAs share an SM, one of this kernel and one of its successor, which fills its ring meanwhile.
+  static constexpr int kStages = 104 * 1024 / kStageBytes;
   static constexpr int kCopiedBytes = kMakesX ? kBlockTileBytes : kStageBytes;  // of a stage
 
   static constexpr int kConsumerWarps = 2 * kWarpgroupThreads / kWarpSize;
   static constexpr int kMakerWarps = kMakesX ? kStages : 0;
-  // One CTA an SM: a warpgroup of which one thread produces, and which leaves its registers to the others.
-  static constexpr bool kMoveRegisters = !kOverlaps;
-  static constexpr int kThreads =
-      kMoveRegisters ? 3 * kWarpgroupThreads : (kConsumerWarps + 1 + kMakerWarps) * kWarpSize;
+  static constexpr int kThreads = (kConsumerWarps + 1 + kMakerWarps) * kWarpSize;
   // Limits the registers, for both footprints of launch_linear() to fit.
-  static constexpr int kMaxThreads = !kOverlaps ? kThreads : kMakesX ? 1024 : kTokens == 64 ? 640 : 800;
+  static constexpr int kMaxThreads = kMakesX ? 1024 : kTokens == 64 ? 640 : 800;
 };
 
 template <class C>
@@ -136,40 +129,34 @@ struct Producer {
   }
 };
 
+template <class C>
+using Accumulators = float[C::kRegs];
+
 // acc (+)= the products of the stage at `ring`.
 template <class C>
 __device__ __forceinline__ void multiply_stage(Accumulators<C>& r_acc, LinearSmem<C>& s,
                                                const RingPosition<C>& ring, int warpgroup, bool accumulate) {
   constexpr typename C::Element kTag{};
   const auto& stage = s.stage[ring.stage];
-  const uint64_t weight = ptx::wgmma_descriptor(stage.weight[warpgroup]);
+  const uint64_t weight = ptx::wgmma_descriptor(stage.weight[warpgroup]), x = ptx::wgmma_descriptor(stage.x);
   ptx::mbarrier_wait(&s.full[ring.stage], ring.parity);
+  float r_tile[C::kRegs];
+  ptx::wgmma_fence();
 #pragma unroll
-  for (int pass = 0; pass < C::kPasses; ++pass) {
-    const uint64_t x = ptx::wgmma_descriptor(stage.x + pass * C::kMmaTokens * kTileRowBytes);
-    float r_tile[C::kRegs];
-    ptx::wgmma_fence();
+  for (int k = 0; k < kTileRowBytes / ptx::kWgmmaStepBytes; ++k) {
+    if constexpr (C::kPromote)
+      ptx::wgmma(kTag, r_tile, ptx::wgmma_advance(weight, k), ptx::wgmma_advance(x, k), k > 0);
+    else
+      ptx::wgmma(kTag, r_acc, ptx::wgmma_advance(weight, k), ptx::wgmma_advance(x, k), accumulate || k > 0);
+  }
+  ptx::wgmma_commit();
+  ptx::wgmma_wait();
+  if (threadIdx.x % kWarpSize == 0) ptx::mbarrier_arrive(&s.empty[ring.stage]);  // this warp has read it
+  if constexpr (C::kPromote) {
 #pragma unroll
-    for (int k = 0; k < kTileRowBytes / ptx::kWgmmaStepBytes; ++k) {
-      if constexpr (C::kPromote)
-        ptx::wgmma(kTag, r_tile, ptx::wgmma_advance(weight, k), ptx::wgmma_advance(x, k), k > 0);
-      else
-        ptx::wgmma(kTag, r_acc[pass], ptx::wgmma_advance(weight, k), ptx::wgmma_advance(x, k),
-                   accumulate || k > 0);
-    }
-    ptx::wgmma_commit();
-    ptx::wgmma_wait();
-    if (pass == C::kPasses - 1) {  // this warp has read the stage
-      if (threadIdx.x % kWarpSize == 0) ptx::mbarrier_arrive(&s.empty[ring.stage]);
-    }
-    if constexpr (C::kPromote) {
-#pragma unroll
-      for (int i = 0; i < C::kRegs; ++i) {
-        r_acc[pass][i] = accumulate ? r_acc[pass][i] + r_tile[i] : r_tile[i];
-        asm volatile(
-            ""
-            : "+f"(r_acc[pass][i]));  // here, not between the next products, which would serialise them
-      }
+    for (int i = 0; i < C::kRegs; ++i) {
+      r_acc[i] = accumulate ? r_acc[i] + r_tile[i] : r_tile[i];
+      asm volatile("" : "+f"(r_acc[i]));  // here, not between the next products, which would serialise them
     }
   }
 }
@@ -203,7 +190,7 @@ template <class C>
 __device__ __forceinline__ void publish(const Accumulators<C>& r_acc, uint4* slot) {
 #pragma unroll
   for (int i = 0; i < C::kTokens / 8; ++i) {
-    const float* r = &r_acc[i / (C::kRegs / 4)][i % (C::kRegs / 4) * 4];
+    const float* r = &r_acc[i * 4];
     const auto bits = [](float v) {
       return min(__float_as_uint(v), kAbsent - 1);
     };  // kAbsent becomes another NaN
@@ -238,7 +225,7 @@ __device__ __forceinline__ void collect(Accumulators<C>& r_acc, const PackedLine
       for (int i = 0; i < kBatch; ++i) {
         store_relaxed(slot + (first + i) * kWarpgroupThreads,
                       {kAbsent, kAbsent, kAbsent, kAbsent});  // for the next launch
-        float* r = &r_acc[(first + i) / (C::kRegs / 4)][(first + i) % (C::kRegs / 4) * 4];
+        float* r = &r_acc[(first + i) * 4];
         r[0] += __uint_as_float(v[i].x), r[1] += __uint_as_float(v[i].y);
         r[2] += __uint_as_float(v[i].z), r[3] += __uint_as_float(v[i].w);
       }
@@ -250,7 +237,7 @@ __device__ __forceinline__ void collect(Accumulators<C>& r_acc, const PackedLine
 template <class C>
 __device__ __forceinline__ float x_scale(const LinearSmem<C>& s, const PackedLinearParams& p, int token) {
   if constexpr (C::kMakesX && sizeof(typename C::Element) == 1) return s.factors[token].fp8_scale;
-  return p.x_scale ? p.x_scale[p.x_scale_per_token ? token : 0] : 1.0f;
+  return token_scale(p, token);
 }
 
 // The statistics of a block of the result, from those of its warps, added in their order.
@@ -288,8 +275,8 @@ __device__ __forceinline__ void consume(LinearSmem<C>& s, const PackedLinearPara
       continue;
     }
     if (piece_end < block_end) collect<C>(r_acc, p, block_end, warpgroup, thread);
-    finish<C>(r_acc, p, block * kBlockRows + warp * kStripRows, thread % kWarpSize, s.stats[block % 2][warp],
-              [&](int token) { return x_scale<C>(s, p, token); });
+    finish<C::kOutStats>(r_acc, p, block * kBlockRows + warp * kStripRows, 0, thread % kWarpSize,
+                         s.stats[block % 2][warp], [&](int token) { return x_scale<C>(s, p, token); });
     if constexpr (C::kOutStats)
       if (p.out_stats) store_stats<C>(s.stats[block % 2], p, block);
   }
@@ -313,11 +300,9 @@ __global__ void __launch_bounds__(C::kMaxThreads)
   __syncthreads();  // the barriers of the ring exist
 
   if (warp < C::kConsumerWarps) {
-    if constexpr (C::kMoveRegisters) ptx::take_registers<232>();
     wait_for_predecessor();
     consume<C>(s, p, range, warp);
   } else {
-    if constexpr (C::kMoveRegisters) ptx::leave_registers<40>();
     if (is_producer) producer.run();
     if constexpr (C::kMakesX) {
       const int maker = warp - C::kConsumerWarps - 1;
@@ -330,8 +315,8 @@ __global__ void __launch_bounds__(C::kMaxThreads)
 }
 
 // Launches take turns with two footprints, each more than half of an SM in one resource: much shared memory,
-// or so many (idle) warps that they have more than half of the registers. So one CTA of each fits on an SM, but
-// never two of the same launch, which would share what bandwidth one SM has while another SM has no CTA.
+// or so many (idle) warps that they have more than half of the registers. So one CTA of each fits on an SM,
+// but never two of the same launch, which would share what bandwidth one SM has while another SM has no CTA.
 constexpr int kWideSmemBytes = 117 * 1024;
 
 // Of the launch with many warps. With `limit` warps on an SM at most, that has to be more than limit / 2, and
@@ -341,8 +326,8 @@ int wide_threads() {
   static const int threads = [] {
     cudaFuncAttributes attributes;
     NF_CUDA(cudaFuncGetAttributes(&attributes, packed_linear_kernel<C>));
-    const int registers = (attributes.numRegs + 7) / 8 * 8;       // as they are allocated, a thread
-    const int limit = 4 * (65536 / 4 / kWarpSize / registers);    // each quarter of an SM has its own registers
+    const int registers = (attributes.numRegs + 7) / 8 * 8;     // as they are allocated, a thread
+    const int limit = 4 * (65536 / 4 / kWarpSize / registers);  // each quarter of an SM has its own registers
     const int warps = limit / 2 + 1;
     NF_CHECK(warps * kWarpSize <= C::kMaxThreads && warps + C::kThreads / kWarpSize <= limit,
              std::to_string(attributes.numRegs) + " registers");
@@ -360,7 +345,7 @@ template <class C>
 void launch_linear(const PackedLinearParams& p, cudaStream_t stream) {
   constexpr auto kKernel = packed_linear_kernel<C>;
   constexpr int kSmemBytes = int(sizeof(LinearSmem<C>));
-  static_assert(kSmemBytes <= (C::kOverlaps ? 107 : 227) * 1024);
+  static_assert(kSmemBytes <= 107 * 1024);
   NF_CHECK(can_overlap<kKernel>(), "a GPU or a build without sm_90a");
   constexpr int kElementBytes = int(sizeof(typename C::Element));
   CUtensorMap x_map{};
@@ -368,46 +353,21 @@ void launch_linear(const PackedLinearParams& p, cudaStream_t stream) {
     x_map = ptx::swizzled_rows_map(p.x, p.num_tokens, int64_t(p.num_cols) * kElementBytes,
                                    p.x_stride * kElementBytes, C::kTokens, kElementBytes);
   Grid grid{.ctas = dim3(p.schedule.num_slices), .threads = C::kThreads, .smem_bytes = kSmemBytes};
-  if constexpr (C::kOverlaps) {
-    prepare<kKernel>(kWideSmemBytes);
-    if (next_is_wide_in_threads())
-      grid.threads = wide_threads<C>();
-    else
-      grid.smem_bytes = kWideSmemBytes;
-  }
+  prepare<kKernel>(kWideSmemBytes);
+  if (next_is_wide_in_threads())
+    grid.threads = wide_threads<C>();
+  else
+    grid.smem_bytes = kWideSmemBytes;
   launch<kKernel>(grid, stream, x_map, p);
 }
 
 template <class Element>
-void check_and_launch(const PackedLinearParams& p, cudaStream_t stream) {
-  const PackedShape shape = packed_shape(p.num_rows, p.num_cols, sizeof(Element));
-  const auto aligned = [](const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; };
-  const bool makes_x = p.x_rows.stats != nullptr;
-  const int64_t x_element_bytes = makes_x ? 2 : int64_t(sizeof(Element));
-  NF_CHECK(p.num_tokens >= 0 && p.num_tokens <= 256, "T=" + std::to_string(p.num_tokens));
-  NF_CHECK(aligned(p.x) && aligned(p.packed) && aligned(p.workspace), "an address that is no multiple of 16");
-  NF_CHECK(p.x_stride * x_element_bytes % 16 == 0, "x_stride=" + std::to_string(p.x_stride));
-  NF_CHECK(p.schedule.k_tiles == shape.k_tiles(), std::to_string(p.schedule.k_tiles));
-  NF_CHECK(p.schedule.num_units == shape.num_blocks() * shape.k_tiles(),
-           std::to_string(p.schedule.num_units));
-  NF_CHECK(p.out_stride % 2 == 0 && reinterpret_cast<uintptr_t>(p.out) % 8 == 0,
-           "out_stride=" + std::to_string(p.out_stride));
-  NF_CHECK(p.epilogue != Epilogue::kAdd || p.out_type == OutType::kBfloat16, "another type");
-  NF_CHECK(p.epilogue != Epilogue::kSwiglu || (p.out_type != OutType::kFloat && p.num_rows % 32 == 0),
-           "another type or N");
-  NF_CHECK((p.out_type == OutType::kFp8) == (p.out_scale != nullptr), "another type");
-  NF_CHECK(p.out_type != OutType::kFp8 || p.epilogue == Epilogue::kSwiglu, "another epilogue");
-  NF_CHECK(!makes_x || (p.num_tokens <= kMaxTokensWithStats && !p.x_scale), "a scale or T");
-  NF_CHECK(!p.out_stats || (p.num_tokens <= kMaxTokensWithStats && p.epilogue != Epilogue::kStore &&
-                            p.out_type == OutType::kBfloat16),
-           "another epilogue or T");
-  if (p.num_tokens == 0) return;
-  if (makes_x) {
-    dispatch<8, 16>("tokens", padded_tokens(p.num_tokens), [&](auto tokens) {
-      launch_linear<LinearConfig<Element, tokens, true>>(p, stream);
-    });
+void launch_for_few_tokens(const PackedLinearParams& p, cudaStream_t stream) {
+  if (p.x_rows.stats != nullptr) {
+    dispatch<8, 16>("tokens", padded_tokens(p.num_tokens),
+                    [&](auto tokens) { launch_linear<LinearConfig<Element, tokens, true>>(p, stream); });
   } else {
-    dispatch<16, 32, 64, 128, 256>("tokens", std::max(padded_tokens(p.num_tokens), 16), [&](auto tokens) {
+    dispatch<16, 32, 64>("tokens", std::max(padded_tokens(p.num_tokens), 16), [&](auto tokens) {
       launch_linear<LinearConfig<Element, tokens, false>>(p, stream);
     });
   }

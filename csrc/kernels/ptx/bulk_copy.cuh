@@ -14,6 +14,11 @@ __device__ __forceinline__ uint64_t evict_first_policy() {
   asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
   return policy;
 }
+__device__ __forceinline__ uint64_t evict_normal_policy() {
+  uint64_t policy;
+  asm volatile("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
 
 // Addresses and `bytes` are multiples of 16.
 __device__ __forceinline__ void bulk_load(void* shared, const void* global, uint32_t bytes, uint64_t* barrier,
@@ -33,6 +38,17 @@ __device__ __forceinline__ void tensor_load(void* shared, const CUtensorMap* map
       "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], "
       "[%2];" ::"r"(smem_address(shared)),
       "l"(map), "r"(smem_address(barrier)), "r"(x), "r"(y)
+      : "memory");
+}
+
+// The same to every CTA of the cluster whose bit is set in `ctas`: to the same place in its shared memory,
+// completing on its own barrier there.
+__device__ __forceinline__ void tensor_load_multicast(void* shared, const CUtensorMap* map, int x, int y,
+                                                      uint64_t* barrier, uint16_t ctas) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], "
+      "[%1, {%3, %4}], [%2], %5;" ::"r"(smem_address(shared)),
+      "l"(map), "r"(smem_address(barrier)), "r"(x), "r"(y), "h"(ctas)
       : "memory");
 }
 

@@ -55,5 +55,11 @@ __device__ __forceinline__ void store_matrices(uint32_t smem_address, const uint
                "r"(r[1]), "r"(r[2]), "r"(r[3])
                : "memory");
 }
+// The reverse of load_matrices_trans. sm_90.
+__device__ __forceinline__ void store_matrices_trans(uint32_t smem_address, const uint32_t (&r)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(smem_address),
+               "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3])
+               : "memory");
+}
 
 }  // namespace nf::ptx

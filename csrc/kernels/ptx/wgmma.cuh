@@ -68,7 +68,7 @@ __device__ __forceinline__ void leave_registers() {
 
 // wgmma(Element(), d, a, b, accumulate): d += a * b, or d = a * b. N is twice the number of registers.
 #define NF_WGMMA(kElement, kRegisters, kInstruction, kList, kA, kB, kAccumulate, kEnd, ...)                \
-  __device__ __forceinline__ void wgmma(kElement, float (&d)[kRegisters], uint64_t a, uint64_t b,          \
+  __device__ __forceinline__ void wgmma(kElement, float(&d)[kRegisters], uint64_t a, uint64_t b,           \
                                         bool accumulate) {                                                 \
     asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " kAccumulate ", 0;\n" kInstruction " {" kList "}, " kA \
                  ", " kB ", p, 1, 1" kEnd ";\n}"                                                           \
@@ -79,7 +79,7 @@ __device__ __forceinline__ void leave_registers() {
 // The same with A in registers, rounded from accumulators [64, 16]: those of columns 0-7 and then 8-15, two
 // neighbours a register. b: wgmma_rows_descriptor.
 #define NF_WGMMA_ROWS(kElement, kRegisters, kInstruction, kList, kA, kB, kAccumulate, ...)                  \
-  __device__ __forceinline__ void wgmma(kElement, float (&d)[kRegisters], const uint32_t* a, uint64_t b,    \
+  __device__ __forceinline__ void wgmma(kElement, float(&d)[kRegisters], const uint32_t* a, uint64_t b,     \
                                         bool accumulate) {                                                  \
     asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " kAccumulate ", 0;\n" kInstruction " {" kList "}, {" kA \
                  "}, " kB ", p, 1, 1, 1;\n}"                                                                \
@@ -110,16 +110,17 @@ __device__ __forceinline__ void leave_registers() {
   "%21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, " \
   "%40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, " \
   "%59, %60, %61, %62, %63"
-#define NF_REGS_128                                                                                         \
-  "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]),           \
-      "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]), \
-      "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]),            \
-      "+f"(d[23]), "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]),            \
-      "+f"(d[30]), "+f"(d[31]), "+f"(d[32]), "+f"(d[33]), "+f"(d[34]), "+f"(d[35]), "+f"(d[36]),            \
-      "+f"(d[37]), "+f"(d[38]), "+f"(d[39]), "+f"(d[40]), "+f"(d[41]), "+f"(d[42]), "+f"(d[43]),            \
-      "+f"(d[44]), "+f"(d[45]), "+f"(d[46]), "+f"(d[47]), "+f"(d[48]), "+f"(d[49]), "+f"(d[50]),            \
-      "+f"(d[51]), "+f"(d[52]), "+f"(d[53]), "+f"(d[54]), "+f"(d[55]), "+f"(d[56]), "+f"(d[57]),            \
-      "+f"(d[58]), "+f"(d[59]), "+f"(d[60]), "+f"(d[61]), "+f"(d[62]), "+f"(d[63])
+#define NF_64_OF(v)                                                                                         \
+  "+f"(v[0]), "+f"(v[1]), "+f"(v[2]), "+f"(v[3]), "+f"(v[4]), "+f"(v[5]), "+f"(v[6]), "+f"(v[7]),           \
+      "+f"(v[8]), "+f"(v[9]), "+f"(v[10]), "+f"(v[11]), "+f"(v[12]), "+f"(v[13]), "+f"(v[14]), "+f"(v[15]), \
+      "+f"(v[16]), "+f"(v[17]), "+f"(v[18]), "+f"(v[19]), "+f"(v[20]), "+f"(v[21]), "+f"(v[22]),            \
+      "+f"(v[23]), "+f"(v[24]), "+f"(v[25]), "+f"(v[26]), "+f"(v[27]), "+f"(v[28]), "+f"(v[29]),            \
+      "+f"(v[30]), "+f"(v[31]), "+f"(v[32]), "+f"(v[33]), "+f"(v[34]), "+f"(v[35]), "+f"(v[36]),            \
+      "+f"(v[37]), "+f"(v[38]), "+f"(v[39]), "+f"(v[40]), "+f"(v[41]), "+f"(v[42]), "+f"(v[43]),            \
+      "+f"(v[44]), "+f"(v[45]), "+f"(v[46]), "+f"(v[47]), "+f"(v[48]), "+f"(v[49]), "+f"(v[50]),            \
+      "+f"(v[51]), "+f"(v[52]), "+f"(v[53]), "+f"(v[54]), "+f"(v[55]), "+f"(v[56]), "+f"(v[57]),            \
+      "+f"(v[58]), "+f"(v[59]), "+f"(v[60]), "+f"(v[61]), "+f"(v[62]), "+f"(v[63])
+#define NF_REGS_128 NF_64_OF(d)
 
 NF_WGMMA(__nv_fp8_e4m3, 4, "wgmma.mma_async.sync.aligned.m64n8k32.f32.e4m3.e4m3", NF_LIST_8, "%4", "%5", "%6",
          "", NF_REGS_8)
@@ -152,6 +153,23 @@ NF_WGMMA_ROWS(__half, 32, "wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16", 
 NF_WGMMA_ROWS(__half, 64, "wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16", NF_LIST_128,
               "%64, %65, %66, %67", "%68", "%69", NF_REGS_128)
 
+// N = 256: the first 128 columns are accumulated in `low`, the others in `high`.
+__device__ __forceinline__ void wgmma(__nv_bfloat16, float (&low)[64], float (&high)[64], uint64_t a,
+                                      uint64_t b, bool accumulate) {
+  asm volatile(
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %130, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16 {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, "
+      "%11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, "
+      "%31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, "
+      "%51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, %64, %65, %66, %67, %68, %69, %70, "
+      "%71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, "
+      "%91, %92, %93, %94, %95, %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, "
+      "%109, %110, %111, %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, "
+      "%126, %127}, %128, %129, p, 1, 1, 0, 0;\n}"
+      : NF_64_OF(low), NF_64_OF(high)
+      : "l"(a), "l"(b), "r"(int(accumulate)));
+}
+
 #undef NF_WGMMA
 #undef NF_WGMMA_ROWS
 #undef NF_LIST_8
@@ -164,5 +182,6 @@ NF_WGMMA_ROWS(__half, 64, "wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16",
 #undef NF_REGS_64
 #undef NF_LIST_128
 #undef NF_REGS_128
+#undef NF_64_OF
 
 }  // namespace nf::ptx

@@ -131,19 +131,8 @@ __device__ __forceinline__ void for_each(const float* row, int size, F&& f) {
 // May the loaded code form clusters? Only what was written for sm_90: can_overlap() asks the same.
 template <auto kKernel, class Params>
 void launch_rows(int cluster, int64_t num_rows, cudaStream_t stream, const Params& p) {
-  prepare<kKernel>(0);
-  cudaLaunchAttribute attributes[2]{};
-  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attributes[0].val.programmaticStreamSerializationAllowed = 1;
-  attributes[1].id = cudaLaunchAttributeClusterDimension;
-  attributes[1].val.clusterDim = {.x = unsigned(cluster), .y = 1, .z = 1};
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(unsigned(num_rows * cluster));
-  config.blockDim = dim3(kThreads);
-  config.stream = stream;
-  config.attrs = attributes;
-  config.numAttrs = can_overlap<kKernel>() ? (cluster > 1 ? 2 : 1) : 0;
-  NF_CUDA(cudaLaunchKernelEx(&config, kKernel, p));
+  launch<kKernel>({.ctas = dim3(unsigned(num_rows * cluster)), .threads = kThreads, .cluster = cluster},
+                  stream, p);
 }
 
 }  // namespace nf::row

@@ -1,0 +1,57 @@
+// SPDX-License-Identifier: Apache-2.0
+// Which cluster of CTAs multiplies what when there are many tokens.
+//
+// A cluster is two CTAs that stay for the whole launch. It works on one tile at a time: a pair of blocks of
+// the packed weight (256 rows, one block for each CTA) times 256 tokens, or 128, with all of K. So a result's
+// bits do not depend on the number of tokens, nor on the GPU.
+//
+// Tiles are dealt out in order, i to cluster i % num_clusters. Full tiles come first, in groups of 8 columns
+// of tokens; in a group pair by pair, and for a pair column by column: the clusters that run at the same time
+// read few different weights and few different activations, and L2 serves the rest. Where the last round of
+// full tiles would leave more than half of the clusters idle, its tiles are cut into halves.
+#pragma once
+
+#include <cstdint>
+
+namespace nf {
+
+constexpr int kTileTokens = 256;
+constexpr int kHalfTileTokens = kTileTokens / 2;
+
+struct GemmTile {
+  int pair;        // blocks 2 pair and 2 pair + 1
+  int token;       // the first
+  int num_halves;  // of kHalfTileTokens
+};
+
+struct GemmSchedule {
+  int num_clusters;
+  int num_pairs;
+  int num_columns;  // of kTileTokens
+  int num_full;     // tiles of kTileTokens; the other num_pairs * num_columns - num_full are cut
+  int num_tiles;    // all of them
+
+  constexpr GemmTile tile(int i) const {
+    constexpr int kGroup = 8;
+    const int cut = i - num_full, num_cut = num_pairs * num_columns - num_full;
+    if (cut >= 2 * num_cut)
+      return {cut - 2 * num_cut, num_columns * kTileTokens, 1};  // behind the last column
+    const int full = cut < 0 ? i : num_full + cut / 2;
+    const int group = full / (kGroup * num_pairs), in_group = full % (kGroup * num_pairs);
+    const int left = num_columns - group * kGroup, width = left < kGroup ? left : kGroup;
+    const int token = (group * kGroup + in_group % width) * kTileTokens;
+    if (cut < 0) return {in_group / width, token, 2};
+    return {in_group / width, token + cut % 2 * kHalfTileTokens, 1};
+  }
+
+  // Until the last cluster ends, in halves of a tile.
+  constexpr int rounds() const {
+    const auto share = [&](int tiles) { return (tiles + num_clusters - 1) / num_clusters; };
+    return share(num_full) + share(num_tiles);
+  }
+};
+
+// `num_clusters`: how many run at once.
+GemmSchedule make_gemm_schedule(int64_t num_rows, int num_tokens, int num_clusters);
+
+}  // namespace nf

@@ -1,0 +1,138 @@
+// SPDX-License-Identifier: Apache-2.0
+// From a warpgroup's finished sums of 64 rows x 128 tokens to the output: scaled and rounded to bf16 in
+// registers, turned round through shared memory, stored as whole 16-byte vectors of a token's row. The
+// rounding points are those of epilogue.cuh.
+#pragma once
+
+#include "host/gemm_schedule.h"
+#include "kernels/linear/epilogue.cuh"
+#include "kernels/ptx/mbarrier.cuh"
+#include "kernels/ptx/mma.cuh"
+#include "kernels/ptx/named_barrier.cuh"
+#include "kernels/ptx/reduce.cuh"
+#include "kernels/quant/fp8.cuh"
+
+namespace nf {
+namespace {
+
+constexpr int kHalfRegs = kHalfTileTokens / 2;  // accumulators of a thread for half a tile
+
+using Staging = uint8_t[kHalfTileTokens * kTileRows * 2];  // [tokens][rows] bf16, chunks of 8 rows permuted
+
+__device__ __forceinline__ uint32_t bits_of(__nv_bfloat162 v) {
+  uint32_t bits;
+  memcpy(&bits, &v, sizeof(bits));
+  return bits;
+}
+
+// Where chunk `chunk` of kChunks of a token's row is: 8 tokens' same chunks lie in different banks.
+template <int kChunks>
+__device__ __forceinline__ int staged_offset(int token, int chunk) {
+  return (token * kChunks + (chunk ^ token / (8 / kChunks) % kChunks)) * kChunkBytes;
+}
+
+// A warpgroup's share of a tile: 64 rows from `row` on, kHalfTileTokens tokens from `token` on.
+struct HalfTile {
+  const PackedLinearParams& p;
+  Staging& staging;
+  int barrier;  // for this warpgroup alone
+  int row, token;
+
+  __device__ __forceinline__ void sync() const { ptx::barrier_sync(barrier, kWarpgroupThreads); }
+
+  // f(values of token 2q and 2q + 1 of the thread's row g, of its row g + 8) for its i-th 8 tokens
+  template <class F>
+  __device__ __forceinline__ void scaled(const float* r, int i, float low_scale, float high_scale, int lane,
+                                         F&& f) const {
+    float2 x_scale;
+    const int first = token + i * 8 + lane % 4 * 2, last = p.num_tokens - 1;
+    x_scale.x = token_scale(p, min(first, last)), x_scale.y = token_scale(p, min(first + 1, last));
+    f(float2{r[0] * x_scale.x * low_scale, r[1] * x_scale.y * low_scale},
+      float2{r[2] * x_scale.x * high_scale, r[3] * x_scale.y * high_scale});
+  }
+
+  __device__ __forceinline__ void stage_rows(const float (&r_acc)[kHalfRegs], float low_scale,
+                                             float high_scale, int warp, int lane) const {
+    const uint32_t base = ptx::smem_address(staging);
+#pragma unroll
+    for (int i = 0; i < kHalfRegs / 4; i += 2) {
+      asm volatile("" ::: "memory");  // 16 tokens at a time: fewer registers
+      uint32_t words[4];
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        scaled(&r_acc[(i + j) * 4], i + j, low_scale, high_scale, lane, [&](float2 low, float2 high) {
+          words[2 * j] = bits_of(__float22bfloat162_rn(low));
+          words[2 * j + 1] = bits_of(__float22bfloat162_rn(high));
+        });
+      }
+      ptx::store_matrices_trans(
+          base + staged_offset<8>((i + lane / 16) * 8 + lane % 8, warp * 2 + lane / 8 % 2), words);
+    }
+  }
+
+  __device__ __forceinline__ void stage_swiglu(const float (&r_acc)[kHalfRegs], float gate_scale,
+                                               float up_scale, int warp, int lane) const {
+    const uint32_t base = ptx::smem_address(staging);
+#pragma unroll
+    for (int i = 0; i < kHalfRegs / 4; i += 4) {
+      asm volatile("" ::: "memory");
+      uint32_t words[4];
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        scaled(&r_acc[(i + j) * 4], i + j, gate_scale, up_scale, lane, [&](float2 gate, float2 up) {
+          words[j] = bits_of(__floats2bfloat162_rn(silu_mul(gate.x, up.x), silu_mul(gate.y, up.y)));
+        });
+      }
+      ptx::store_matrices_trans(base + staged_offset<4>((i + lane / 8) * 8 + lane % 8, warp), words);
+    }
+  }
+
+  // f(element offset in the output, 8 values) for this thread's share of the staged rows of kChunks * 8.
+  template <int kChunks, class F>
+  __device__ __forceinline__ void for_staged(int first_column, int num_columns, int thread, F&& f) const {
+    const int chunk = thread % kChunks, column = first_column + chunk * 8;
+    if (column >= num_columns) return;
+#pragma unroll
+    for (int t = thread / kChunks; t < kHalfTileTokens; t += kWarpgroupThreads / kChunks) {
+      if (token + t >= p.num_tokens) break;
+      f((token + t) * p.out_stride + column,
+        load_vec(reinterpret_cast<const __nv_bfloat16*>(&staging[staged_offset<kChunks>(t, chunk)]), 0));
+    }
+  }
+
+  __device__ __forceinline__ void store(const float (&r_acc)[kHalfRegs], int thread) const {
+    const int warp = thread / kWarpSize, lane = thread % kWarpSize;
+    if (p.out_type == OutType::kFloat) {
+      finish<false>(r_acc, p, row + warp * kStripRows, token, lane, nullptr,
+                    [&](int t) { return token_scale(p, t); });
+      return;
+    }
+    const int my_row = min(row + warp * kStripRows, p.num_rows - kStripRows) + lane / 4;
+    const float low_scale = row_scale(p, my_row), high_scale = row_scale(p, my_row + 8);
+    auto* out = static_cast<__nv_bfloat16*>(p.out);
+    sync();  // what was staged before has been read
+    if (p.epilogue == Epilogue::kSwiglu) {
+      stage_swiglu(r_acc, low_scale, high_scale, warp, lane);
+      sync();
+      const float scale = p.out_type == OutType::kFp8 ? *p.out_scale : 1.0f;
+      for_staged<4>(row / 2, p.num_rows / 2, thread, [&](int64_t at, const Vec<__nv_bfloat16>& v) {
+        if (p.out_type == OutType::kFp8)
+          store_fp8(static_cast<__nv_fp8_e4m3*>(p.out) + at, 0, v, scale);
+        else
+          store_vec(out + at, 0, v);
+      });
+    } else {
+      stage_rows(r_acc, low_scale, high_scale, warp, lane);
+      sync();
+      for_staged<8>(row, p.num_rows, thread, [&](int64_t at, const Vec<__nv_bfloat16>& v) {
+        if (p.epilogue == Epilogue::kAdd)
+          ptx::add_bf16(out + at, v.word);
+        else
+          store_vec(out + at, 0, v);
+      });
+    }
+  }
+};
+
+}  // namespace
+}  // namespace nf
