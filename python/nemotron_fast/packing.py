@@ -14,7 +14,6 @@ from nemotron_fast import _C, reference
 
 BLOCK_ROWS = 128
 TILE_BYTES = 128  # of K
-MAX_TOKENS_WITH_STATS = 16  # of rows that are read or left with statistics
 CPU_WORKSPACE_BYTES = 16  # the CPU backend needs none
 
 

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The residual stream of one step: what reads it through a norm, and what is added to it.
 
-Two ways, the same bits. `Residual` works with any weights and any number of tokens: a sub-block's output is added by
-the norm of the next one. `RowStatsResidual` is for packed weights and few tokens, where launches cost more than
-arithmetic: linears add to the stream themselves and leave statistics of its rows, by which the next linear normalises
-and quantises the rows on its way (ops.RowStats), so that a sub-block is its linears and nothing between them.
+Two ways, the same bits as long as the linears use the same kernel (up to 64 tokens). `Residual` works with any weights
+and any number of tokens: a sub-block's output is added by the norm of the next one. `RowStatsResidual` is for packed
+weights and few tokens, where launches cost more than arithmetic: linears add to the stream themselves and leave
+statistics of its rows, by which the next linear normalises and quantises the rows on its way (ops.RowStats), so that a
+sub-block is its linears and nothing between them.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from nemotron_fast import ops
+from nemotron_fast import ops, reference
 from nemotron_fast.ops import RowStats
 from nemotron_fast.packed_weights import PackedWeight
 from nemotron_fast.packing import BLOCK_ROWS
@@ -20,7 +21,7 @@ from nemotron_fast.weights import LinearWeight, MLPWeights
 
 Linear = LinearWeight | PackedWeight
 
-FEW_TOKENS = 8  # up to here RowStatsResidual is faster (H200)
+FEW_TOKENS = 8  # up to here RowStatsResidual is faster (H200); kernels take 16
 
 
 class Residual:
@@ -47,7 +48,7 @@ class Residual:
         if isinstance(block.gate_up, LinearWeight):
             h = ops.silu_mul(self._linear(x, x_scale, block.gate_up))
         else:
-            h = self._packed_swiglu(x, x_scale, block.gate_up)
+            h = self._packed_swiglu(x, x_scale, block)
         self.add(h, block.down, next_norm)
 
     def add_delta(self, delta: Tensor, _next_norm: Tensor) -> None:
@@ -78,10 +79,10 @@ class Residual:
     def _linear(self, x: Tensor, x_scale: Tensor | None, linear: Linear) -> Tensor:
         return run_linear(x, x_scale, linear, self._workspace, self._rows.dtype)
 
-    def _packed_swiglu(self, x: Tensor, x_scale: Tensor | None, gate_up: PackedWeight) -> Tensor:
-        out = self._rows.new_empty(len(x), gate_up.num_rows // 2)
-        scales = {"x_scale": x_scale, "weight_scale": gate_up.weight_scale}
-        return ops.packed_swiglu(x, gate_up.packed, out.shape[1], self._workspace, out=out, **scales)
+    def _packed_swiglu(self, x: Tensor, x_scale: Tensor | None, block: MLPWeights) -> Tensor:
+        gate_up = block.gate_up
+        scales = {"x_scale": x_scale, "weight_scale": gate_up.weight_scale, "out_scale": _given_scale(block.down)}
+        return ops.packed_swiglu(x, gate_up.packed, gate_up.num_rows // 2, self._workspace, **scales)
 
 
 class RowStatsResidual:
@@ -108,8 +109,7 @@ class RowStatsResidual:
         if down.weight_scale is not None and down.input_scale is None:
             blocks = -(-gate_up.num_rows // BLOCK_ROWS)
             stats = torch.empty(len(x), blocks, 2, device=x.device)
-        out_scale = down.input_scale if down.weight_scale is not None else None
-        args |= {"out_scale": out_scale, "out_stats": stats}
+        args |= {"out_scale": _given_scale(down), "out_stats": stats}
         h = ops.packed_swiglu(x, gate_up.packed, gate_up.num_rows // 2, self._workspace, **args)
         self._add(h, None if stats is None else RowStats(stats), down, next_norm)
 
@@ -129,8 +129,8 @@ class RowStatsResidual:
 
     def _operand(self, x: Tensor, rows: RowStats | None, linear: PackedWeight) -> tuple[Tensor, dict]:
         """x as the linear takes it, and the arguments that go with it."""
-        if rows is None and linear.weight_scale is not None and x.dtype != linear.packed.dtype:
-            x = ops.quantize_fp8(x, linear.input_scale)
+        if rows is None:
+            x, _ = quantize(x, linear)
         return x, {"weight_scale": linear.weight_scale, "x_scale": linear.input_scale, "x_rows": rows}
 
 
@@ -143,9 +143,15 @@ def run_linear(x: Tensor, x_scale: Tensor | None, linear: Linear, workspace: Ten
 
 
 def quantize(x: Tensor, linear: Linear) -> tuple[Tensor, Tensor | None]:
-    """x as the weight wants it, and its scale: unchanged, or FP8 by a static scale, or FP8 per token."""
+    """x as the weight wants it, and its scale: unchanged, or FP8 by a given scale (unless it is), or FP8 per token."""
     if linear.weight_scale is None:
         return x, None
-    if linear.input_scale is not None:
-        return ops.quantize_fp8(x, linear.input_scale), linear.input_scale
-    return ops.quantize_fp8_per_token(x)
+    scale = linear.input_scale
+    if scale is None:
+        return ops.quantize_fp8_per_token(x)
+    return x if x.dtype == reference.FP8 else ops.quantize_fp8(x, scale), scale
+
+
+def _given_scale(linear: Linear) -> Tensor | None:
+    """The scale [1] by which a kernel can write e4m3 for `linear` at once."""
+    return None if linear.weight_scale is None else linear.input_scale

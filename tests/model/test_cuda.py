@@ -46,14 +46,16 @@ def test_prompt_logprobs_equal_the_cpu_backend(pair):
             assert mine.logprob == pytest.approx(theirs.logprob, abs=0.25)
 
 
-def test_a_sequence_has_the_same_bits_alone_and_in_a_batch(pair):
-    llm = pair[0]
+@pytest.mark.parametrize("quantize", [None, "fp8"])
+def test_a_sequence_has_the_same_bits_alone_and_in_a_batch(quantize):
+    """In steps of at most 64 tokens: more take other linears."""
     params = SamplingParams(max_tokens=24, temperature=0.8, seed=3, logprobs=0, ignore_eos=True)
-    alone = llm.generate(PROMPTS[0], params)[0].outputs[0]
-    for size in (2, 7, 33):
-        crowd = llm.generate([PROMPTS[0], *(PROMPTS[i % 4] for i in range(1, size))], params)[0].outputs[0]
-        assert crowd.token_ids == alone.token_ids
-        assert [e.logprob for e in crowd.logprobs] == [e.logprob for e in alone.logprobs]
+    with LLM("demo", device="cuda", quantize=quantize, max_batched_tokens=64, prefix_caching=False) as llm:
+        alone = llm.generate(PROMPTS[0], params)[0].outputs[0]
+        for size in (2, 7, 33):
+            crowd = llm.generate([PROMPTS[0], *(PROMPTS[i % 4] for i in range(1, size))], params)[0].outputs[0]
+            assert crowd.token_ids == alone.token_ids
+            assert [e.logprob for e in crowd.logprobs] == [e.logprob for e in alone.logprobs]
 
 
 def test_graphs_change_nothing():

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import oracle
@@ -15,7 +16,7 @@ from nemotron_fast.batch import Batch
 from nemotron_fast.config import ModelConfig
 from nemotron_fast.kv_cache import make_kv_cache
 from nemotron_fast.model import Model
-from nemotron_fast.packed_weights import pack_weights
+from nemotron_fast.packed_weights import PackedWeight, pack_weights
 from nemotron_fast.quant_config import read_quant_config
 from nemotron_fast.weights import ModelWeights, load_weights
 
@@ -26,6 +27,18 @@ def load(folder: Path, quantize: str | None) -> tuple[ModelConfig, ModelWeights]
     config = ModelConfig.from_path(folder)
     args = {"device": torch.device("cpu"), "dtype": torch.bfloat16, "quantize": quantize}
     return config, pack_weights(load_weights(folder, config, read_quant_config(folder), **args))
+
+
+def with_given_scales(weights: ModelWeights) -> ModelWeights:
+    """The same with an input scale [1] for each e4m3 linear, as a ModelOpt checkpoint has them."""
+
+    def given(value: object) -> object:
+        if not isinstance(value, PackedWeight) or value.weight_scale is None:
+            return value
+        return dataclasses.replace(value, input_scale=torch.full((1,), 2**-6))
+
+    blocks = [dataclasses.replace(b, **{k: given(v) for k, v in vars(b).items()}) for b in weights.sub_blocks]
+    return dataclasses.replace(weights, sub_blocks=blocks)
 
 
 def logits_of(config: ModelConfig, weights: ModelWeights, num_tokens: int) -> Tensor:
@@ -46,11 +59,13 @@ def logits_of(config: ModelConfig, weights: ModelWeights, num_tokens: int) -> Te
         return Model(config, weights, 64).forward(batch, cache)
 
 
-@pytest.mark.parametrize("quantize", [None, "fp8"])
+@pytest.mark.parametrize("quantize", [None, "fp8", "fp8 with given scales"])
 @pytest.mark.parametrize("seed", range(4))
 def test_few_tokens(seed: int, quantize: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     oracle.random_checkpoint(seed, tmp_path, blocks=EVERY_KIND if seed == 0 else None)
-    config, weights = load(tmp_path, quantize)
+    config, weights = load(tmp_path, quantize and "fp8")
+    if quantize == "fp8 with given scales":
+        weights = with_given_scales(weights)
     for num_tokens in (1, 5, residual.FEW_TOKENS):
         found = logits_of(config, weights, num_tokens)
         with monkeypatch.context() as patch:
