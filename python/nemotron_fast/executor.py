@@ -14,19 +14,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nemotron_fast import ops
 from nemotron_fast.batch import Batch, PromptRows, Rows, gather_rows
 from nemotron_fast.graphs import StepGraphs, padded_size, padded_sizes
 from nemotron_fast.kv_cache import KVCache
 from nemotron_fast.model import Model
 from nemotron_fast.pages import PAGE_SIZE
+from nemotron_fast.penalties import Penalties
 from nemotron_fast.request import Request, TokenLogprob
 from nemotron_fast.sampling import (
     SamplingRows,
-    adjust_logits,
+    add_biases,
     changes_logits,
+    final_tokens,
     sampling_columns,
     token_logprobs,
-    top_logprobs,
 )
 from nemotron_fast.scheduler import Chunk
 from nemotron_fast.staging import Column, Fetch, Staging
@@ -97,6 +99,7 @@ class Executor:
         self._sizes = padded_sizes(max_num_seqs)
         self._page_table = torch.zeros(max_num_seqs, max_pages, dtype=torch.int64, device=device)
         self._count = torch.arange(max_num_seqs + 1, device=device)
+        self._penalties = Penalties(max_num_seqs, model.config.vocab_size, device)
         self._graphs = StepGraphs(self._sampled) if on_gpu and scratch_page is not None else None
 
     def launch(self, chunks: list[Chunk]) -> Launch:
@@ -113,16 +116,25 @@ class Executor:
             logits_RV = self._compute(inputs)
         for row, request in enumerate(sampled):
             request.sample_row = row
-        tokens_S, raw_SV = self._sampled[:num_rows], logits_RV[:num_rows]
-        num_top = max((r.params.logprobs for r in sampled if r.params.logprobs is not None), default=None)
-        if any(changes_logits(r) for r in sampled):
+        return Launch(sampled, rows.prompt_rows, logits_RV, Fetch(*self._sample_again(inputs, logits_RV, sampled)))
+
+    def _sample_again(self, inputs: Inputs, logits_RV: Tensor, requests: list[Request]) -> list[Tensor]:
+        """What options beyond those of ops.sample make of the step: its tokens, and log-probabilities if wanted."""
+        raw_SV, tokens_S = logits_RV[: len(requests)], self._sampled[: len(requests)]
+        num_top = max((r.params.logprobs for r in requests if r.params.logprobs is not None), default=None)
+        changed = any(map(changes_logits, requests))
+        if changed:
             logits_SV = raw_SV if num_top is None else raw_SV.clone()
-            adjust_logits(logits_SV, sampled)
+            add_biases(logits_SV, requests)
+            self._penalties.apply(logits_SV, requests)
             inputs.sampling.sample(logits_SV, tokens_S)
-        results = [tokens_S]
-        if num_top is not None:
-            results += top_logprobs(raw_SV, tokens_S, sampled, num_top)
-        return Launch(sampled, rows.prompt_rows, logits_RV, Fetch(*results))
+        if not changed and num_top is None:
+            return [tokens_S]
+        final_S = final_tokens(tokens_S, requests)
+        self._penalties.count(final_S, requests)
+        if num_top is None:
+            return [tokens_S]
+        return [tokens_S, *ops.top_logprobs(raw_SV, final_S, min(num_top, raw_SV.shape[1]))]
 
     def warm_up(self) -> None:
         """Run all padded sizes on padding rows, which captures their graphs; the largest first: its memory serves all.

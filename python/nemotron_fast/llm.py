@@ -226,7 +226,7 @@ class LLM:
         self, conversations: list[Conversation], params: list[SamplingParams], progress: bool | None
     ) -> list[Result]:
         text = self.text_engine
-        groups = text.start(conversations, params)
+        groups = text.start(conversations, params, streamed=False)
         pending = {s.request for group in groups for s in group}
         total = len(pending)
         show = progress if progress is not None else len(groups) > 1 and sys.stderr.isatty()

@@ -86,9 +86,14 @@ class Request:
     def needs_known_tokens(self) -> bool:
         """Whether its steps must wait for the one before, because they compute with tokens that the host must know."""
         params = self.params
+        counts_tokens = params.has_penalties or params.logprobs is not None
         may_be_forced = params.max_thinking_tokens is not None
         reports_prompt = params.prompt_logprobs is not None and len(self.prompt_logprobs) < len(self.prompt)
-        return params.has_penalties or reports_prompt or (may_be_forced and params.logprobs is not None)
+        return reports_prompt or (may_be_forced and counts_tokens)
+
+    @property
+    def is_running(self) -> bool:
+        return self.status is Status.RUNNING
 
     @property
     def is_finished(self) -> bool:

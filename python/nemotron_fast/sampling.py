@@ -10,7 +10,7 @@ from torch import Tensor
 
 from nemotron_fast import ops
 from nemotron_fast.request import Request, TokenLogprob
-from nemotron_fast.staging import Column
+from nemotron_fast.staging import Column, upload
 
 NAN_TOKEN = -1  # what ops.sample gives for a row of logits with a NaN
 
@@ -48,29 +48,17 @@ def sampling_columns(requests: list[Request], num_padding: int = 0, room: int | 
 
 
 def changes_logits(request: Request) -> bool:
-    """Whether `adjust_logits` has something to do for the request's next token."""
-    params = request.params
-    return bool(params.logit_bias) or params.has_penalties or request.sample_index < params.min_tokens
+    """Whether the request's next token is not sampled from the logits as they are."""
+    return request.params.has_penalties or _has_bias(request)
 
 
-def adjust_logits(logits_SV: Tensor, requests: list[Request]) -> None:
-    """Add biases and apply penalties in place; with penalties all output tokens so far must be known."""
-    _apply_biases(logits_SV, requests)
-    _apply_penalties(logits_SV, requests)
-
-
-def top_logprobs(
-    logits_SV: Tensor, tokens_S: Tensor, requests: list[Request], num_top: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """ops.top_logprobs of the sampled tokens, on the device.
-
-    A token that is to be replaced by a forced one is counted as that, if this is known by now.
-    """
-    counted_S = tokens_S.clamp(min=0)  # NAN_TOKEN is no token
+def final_tokens(tokens_S: Tensor, requests: list[Request]) -> Tensor:
+    """A copy, without NAN_TOKEN, in which forced tokens take the place of sampled ones where they are known by now."""
+    final_S = tokens_S.clamp(min=0)
     for row, request in enumerate(requests):
-        if request.forced and request.in_flight == 1 and request.params.logprobs is not None:
-            counted_S[row].fill_(request.forced[0])
-    return ops.top_logprobs(logits_SV, counted_S, min(num_top, logits_SV.shape[1]))
+        if request.forced and request.in_flight == 1:
+            final_S[row].fill_(request.forced[0])
+    return final_S
 
 
 def token_logprobs(
@@ -97,44 +85,27 @@ def prompt_logprobs(logits_SV: Tensor, tokens: list[int], num_top: int) -> list[
     return token_logprobs(tokens, [num_top] * len(tokens), *(t.tolist() for t in found))
 
 
-def _apply_biases(logits_SV: Tensor, requests: list[Request]) -> None:
-    """Add logit_bias, and forbid the stop ids of requests that have not reached min_tokens."""
+def add_biases(logits_SV: Tensor, requests: list[Request]) -> None:
+    """Add logit_bias in place, and forbid the stop ids of requests that have not reached min_tokens."""
     rows: list[int] = []
     ids: list[int] = []
     values: list[float] = []
     for s, request in enumerate(requests):
         bias = dict(request.params.logit_bias)
-        if request.sample_index < request.params.min_tokens:
+        if _below_min_tokens(request):
             bias |= dict.fromkeys(request.stop_ids, -torch.inf)
         rows += [s] * len(bias)
         ids += bias.keys()
         values += bias.values()
     if rows:
         device = logits_SV.device
-        where = (torch.tensor(rows, device=device), torch.tensor(ids, device=device))
-        logits_SV.index_put_(where, torch.tensor(values, device=device), accumulate=True)
+        where = (upload(rows, torch.int64, device), upload(ids, torch.int64, device))
+        logits_SV[where] += upload(values, torch.float32, device)  # no pair occurs twice
 
 
-def _apply_penalties(logits_SV: Tensor, requests: list[Request]) -> None:
-    rows = [s for s, r in enumerate(requests) if r.params.has_penalties]
-    if not rows:
-        return
-    device, vocab = logits_SV.device, logits_SV.shape[1]
-    counts = torch.zeros(len(rows), vocab, dtype=torch.int32)
-    in_prompt = torch.zeros(len(rows), vocab, dtype=torch.bool)
-    for i, s in enumerate(rows):
-        output = torch.tensor(requests[s].output, dtype=torch.int64)
-        counts[i] = torch.bincount(output, minlength=vocab).int()
-        in_prompt[i, torch.tensor(requests[s].prompt)] = True
-    params = [requests[s].params for s in rows]
-    where = torch.tensor(rows, device=device)
-    picked = logits_SV[where]
-    ops.penalize(
-        picked,
-        counts.to(device),
-        in_prompt.to(device),
-        torch.tensor([p.presence_penalty for p in params], dtype=torch.float32, device=device),
-        torch.tensor([p.frequency_penalty for p in params], dtype=torch.float32, device=device),
-        torch.tensor([p.repetition_penalty for p in params], dtype=torch.float32, device=device),
-    )
-    logits_SV[where] = picked
+def _has_bias(request: Request) -> bool:
+    return bool(request.params.logit_bias) or (_below_min_tokens(request) and bool(request.stop_ids))
+
+
+def _below_min_tokens(request: Request) -> bool:
+    return request.sample_index < request.params.min_tokens

@@ -180,25 +180,27 @@ class Scheduler:
         return Chunk(request, start, request.num_computed, samples)
 
     def _publish(self, request: Request, num_computed: int) -> None:
-        if not self.prefix_caching:
-            return
+        """Let others use the request's pages that are full of known tokens, of which so many are computed."""
         count = min(num_computed, request.num_tokens) // PAGE_SIZE
+        if not self.prefix_caching or count <= request.num_published:
+            return
         keys = _keys(request, count)
         for index in range(request.num_published, count):
             self.pages.publish(request.pages[index], keys[index])
-        request.num_published = max(request.num_published, count)
+        request.num_published = count
 
     def _grow(self, request: Request, stop: int) -> bool:
         """Pages for the request's tokens below `stop`, preempting younger requests, or itself, if needed."""
-        while True:
-            pages = self.pages.allocate(pages_for(stop) - len(request.pages))
-            if pages is not None:
-                request.pages += pages
-                return True
+        needed = pages_for(stop) - len(request.pages)
+        if needed <= 0:
+            return True
+        while (pages := self.pages.allocate(needed)) is None:
             youngest = self.running[-1]
             self._preempt(youngest)
             if youngest is request:
                 return False
+        request.pages += pages
+        return True
 
     def _preempt(self, request: Request) -> None:
         self.running.remove(request)

@@ -16,7 +16,7 @@ from nemotron_fast.tokenizer import Tokenizer
 
 
 class SequenceText:
-    """Follows a request: call `advance()` after each of its tokens; `deltas` holds what became visible.
+    """Follows a request: call `advance()` after each of its tokens; `deltas` holds what became visible, if `streamed`.
 
     Without a tokenizer there is no text, only token ids.
     """
@@ -28,12 +28,14 @@ class SequenceText:
         tokenizer: Tokenizer | None,
         profile: ReasoningProfile | None = None,
         starts_in_thought: bool = False,
+        *,
+        streamed: bool = True,
     ) -> None:
         params = request.params
         self.request, self.index = request, index
         self.deltas: deque[Delta] = deque()
         self.stopped_by: str | None = None  # the stop string that was found
-        self._tokenizer = tokenizer
+        self._tokenizer, self._streamed = tokenizer, streamed
         self._decoder = None
         if tokenizer is not None:
             tags = (tokenizer.token_id(t) for t in (profile.open_tag, profile.close_tag)) if profile else ()
@@ -108,7 +110,8 @@ class SequenceText:
             pieces[kind] += part
         for kind, part in pieces.items():
             self._parts[kind].append(part)
-        self.deltas.append(Delta(self.index, token_ids=token_ids, finish_reason=finish_reason, **pieces))
+        if self._streamed:  # else nobody takes them, and so many objects make the interpreter's collector slow
+            self.deltas.append(Delta(self.index, token_ids=token_ids, finish_reason=finish_reason, **pieces))
 
     def _close_thought(self) -> None:
         self.request.forced.extend(self._tokenizer.encode(self._budget.close_text, add_special_tokens=False))

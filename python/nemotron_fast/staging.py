@@ -49,6 +49,12 @@ class Staging:
         return views
 
 
+def upload(values: Sequence[int] | Sequence[float], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A tensor of the values on the device, for what is too rare to be staged."""
+    host = torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda")
+    return host.to(device, non_blocking=True)
+
+
 class Fetch:
     """Tensors on their way to the host, as they are now on the current stream."""
 

@@ -39,8 +39,11 @@ class TextEngine:
         self._engine = None
         self.live.clear()
 
-    def start(self, conversations: list[Conversation], params: list[SamplingParams]) -> list[Group]:
-        """Queue n sequences per conversation; if one is refused, none is left queued."""
+    def start(
+        self, conversations: list[Conversation], params: list[SamplingParams], *, streamed: bool = True
+    ) -> list[Group]:
+        """Queue n sequences per conversation; if one is refused, none is left queued. Only if `streamed` there is
+        something to `drain`."""
         engine = self.engine
         started: list[Group] = []
         with contextlib.ExitStack() as undo:
@@ -51,11 +54,8 @@ class TextEngine:
                     request = engine.add_request(conversation.token_ids, resolved, sample_index=index)
                     resolved = dataclasses.replace(resolved, prompt_logprobs=None)  # once per prompt is enough
                     undo.callback(engine.abort, request)
-                    group.append(
-                        SequenceText(
-                            request, index, self._tokenizer, conversation.profile, conversation.starts_in_thought
-                        )
-                    )
+                    thought = (conversation.profile, conversation.starts_in_thought)
+                    group.append(SequenceText(request, index, self._tokenizer, *thought, streamed=streamed))
                 started.append(group)
             undo.pop_all()
         self.live.update((s.request, s) for group in started for s in group)

@@ -87,10 +87,11 @@ def test_a_model_may_begin_with_either_part(first, tmp_path):
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_alone_batched_chunked_and_preempted_give_the_same_tokens(seed, tmp_path):
+def test_alone_batched_chunked_preempted_and_cached_give_the_same_tokens(seed, tmp_path):
     oracle.random_checkpoint(seed, tmp_path, blocks=[(None, 256), (2, 512), ("linear", None), (1, 256)])
     rng = random.Random(seed)
-    prompts = [[rng.randrange(320) for _ in range(rng.randint(40, 70))] for _ in range(4)]
+    prompts = [[rng.randrange(320) for _ in range(rng.randint(40, 70))] for _ in range(3)]
+    prompts.append((prompts[0] * 2)[:75])  # begins like the first
     params = SamplingParams(**NEUTRAL | {"temperature": 0.8}, max_tokens=40, ignore_eos=True, seed=11)
     alone = [run(make_engine(tmp_path), [p], params)[0].output for p in prompts]
     for options in ({}, {"max_batched_tokens": 9}, {"num_pages": 4}, {"max_num_seqs": 2}):
@@ -102,6 +103,10 @@ def test_alone_batched_chunked_and_preempted_give_the_same_tokens(seed, tmp_path
             params,
         )
         assert [r.output for r in together] == alone, options
+    cached = make_engine(tmp_path)
+    for _ in range(2):
+        assert [r.output for r in run(cached, prompts, params)] == alone
+    assert cached.scheduler.num_found > 0
 
 
 @pytest.mark.parametrize("kv_dtype,atol", [(torch.bfloat16, 0.05), (torch.float8_e4m3fn, 0.5)])

@@ -76,10 +76,14 @@ def test_tokens_are_those_of_the_plain_engine(mode, kind, folder):
 
 @pytest.mark.parametrize("seed", range(6))
 def test_mixed_requests_with_preemption_and_arrivals(seed, folder):
-    """All kinds at once, a pool too small for them, arrivals in between: each equals its run alone."""
+    """All kinds at once, shared prompts, a pool too small for them, arrivals in between: each equals its run alone."""
     rng = random.Random(seed)
+    base = [rng.randrange(256) for _ in range(70)]
     plans = [
-        ([rng.randrange(256) for _ in range(rng.randint(1, 90))], params_of(rng.choice([*KINDS]), rng.randint(6, 40)))
+        (
+            base * rng.randint(0, 1) + [rng.randrange(256) for _ in range(rng.randint(1, 60))],
+            params_of(rng.choice([*KINDS]), rng.randint(6, 40)),
+        )
         for _ in range(8)
     ]
     alone = make_engine(folder)

@@ -72,6 +72,18 @@ def test_greedy_tokens_equal_transformers(llm, peer):
         assert found == peer_greedy(peer, result.prompt_token_ids, NUM_TOKENS), prompt
 
 
+def test_a_prompt_of_the_cache_in_a_batch_gives_the_tokens_of_one_alone(llm, folder):
+    ids = llm.tokenizer.encode(" ".join(PROMPTS))[:300]
+    prompts = [ids, [*ids[:150], *ids[:30]], ids[40:], ids]
+    params = SamplingParams(max_tokens=16, temperature=0, ignore_eos=True, n=2)
+    options = {"device": "cpu", "max_model_len": 512, "max_batched_tokens": 70, "prefix_caching": False}
+    with LLM(str(folder), **options) as plain:
+        want = [plain.generate(p, params)[0].outputs for p in prompts]
+    for _ in range(2):
+        assert [r.outputs for r in llm.generate(prompts, params)] == want
+    assert llm.metrics().prefix_hit_rate > 0.5
+
+
 def test_logits_equal_transformers(llm, peer):
     ids = llm.tokenizer.encode(" ".join(PROMPTS))[:400]
     params = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0)

@@ -17,7 +17,7 @@ TIERS: dict[int, str] = {
     0: """errors dtypes files progress config config_reader blocks sharding quant_config module_patterns sampling_params
           generation_defaults request pages scheduler metrics hardware footprint rank_plan planner cache_size""",
     1: """_C ops reference packing cpu_backend rope kv_cache safetensors_file checkpoint inventory param_loader weights
-          random_weights packed_weights quantize sampling staging comm device""",
+          random_weights packed_weights quantize sampling staging penalties comm device""",
     2: """batch residual model graphs executor""",
     3: """engine""",
     4: """__init__ __main__ llm async_llm text_engine prompts outputs conversation loading sequence_text tokenizer
