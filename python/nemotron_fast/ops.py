@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from nemotron_fast import packing, reference  # they register the CPU kernels
+from nemotron_fast import fused, packing, reference  # noqa: F401 (they register the CPU kernels)
 
 _ops = torch.ops.nemotron_fast
 
@@ -194,6 +194,36 @@ def attention(
     if out is None:
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
     _ops.attention.default(out, q, k_cache, v_cache, page_table, q_start, kv_len, softmax_scale, k_scale, v_scale)
+    return out
+
+
+def decode_attention(
+    qkv: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    cos_sin: Tensor,
+    page_table: Tensor,
+    q_start: Tensor,
+    kv_len: Tensor,
+    *,
+    softmax_scale: float,
+    k_scale: float = 1.0,
+    v_scale: float = 1.0,
+    out_scale: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """rope_append, then attention, of steps with at most 8 new tokens a sequence; out is e4m3 if there is an out_scale.
+
+    qkv [T, (H + 2K) D] is unrotated and stays so. A token's position is its index in its sequence, its slot is where
+    page_table has that position. out_scale [1] float32: out is quantize_fp8 of the attention.
+    """
+    if out is None:
+        dim = k_cache.shape[3]
+        num_heads = qkv.shape[1] // dim - 2 * k_cache.shape[1]
+        dtype = qkv.dtype if out_scale is None else reference.FP8
+        out = torch.empty(qkv.shape[0], num_heads, dim, dtype=dtype, device=qkv.device)
+    scales = (softmax_scale, k_scale, v_scale, out_scale)
+    _ops.decode_attention.default(out, qkv, k_cache, v_cache, cos_sin, page_table, q_start, kv_len, *scales)
     return out
 
 

@@ -16,7 +16,7 @@ PACKAGE = ROOT / "python" / "nemotron_fast"
 TIERS: dict[int, str] = {
     0: """errors dtypes files progress config config_reader blocks sharding quant_config module_patterns sampling_params
           generation_defaults request pages scheduler hardware footprint rank_plan planner cache_size""",
-    1: """_C ops reference packing rope kv_cache safetensors_file checkpoint inventory param_loader weights
+    1: """_C ops reference fused packing rope kv_cache safetensors_file checkpoint inventory param_loader weights
           random_weights packed_weights quantize sampling comm device""",
     2: """batch model graphs""",
     3: """engine""",
@@ -131,7 +131,8 @@ def test_library_is_found() -> None:
 
 @pytest.mark.parametrize("op", ops_of_library())
 def test_op_has_its_companions(op: str) -> None:
-    places = {"reference.py or packing.py": ("reference.py", "packing.py"), "ops.py": ("ops.py",)}
+    references = ("reference.py", "packing.py", "fused.py")
+    places = {" or ".join(references): references, "ops.py": ("ops.py",)}
     missing = [
         f"function {op} in {place}"
         for place, files in places.items()
