@@ -160,48 +160,59 @@ struct Loader {
   WarpPages at;
   uint32_t ring;    // shared address
   int64_t page_id;  // of `at`
+  int offset;       // of this lane's first chunk of the warp's share, bytes from the page's beginning
+  int num_valid;    // tokens of the share that are cached; the rest may be NaN
+  int num_old;      // those that earlier steps have written
   int slot = 0;     // the next to fill
   int phase = 0;    // the slot's place in the step: of K's, then of V's
 
   __device__ __forceinline__ Loader(const AttentionParams<typename C::Scalar>& p, uint32_t ring,
                                     const WarpPages& begin)
       : p(p), at(begin), ring(ring) {
-    fetch_id();
+    start_page();
   }
-  __device__ __forceinline__ void fetch_id() {  // not used before the next issue()
-    if (!at.done()) page_id = p.page_table[at.line.tiles[at.leaf.tile].seq * p.page_table_stride + at.page];
+  __device__ __forceinline__ void start_page() {
+    if (at.done()) return;
+    const Tile& tile = at.line.tiles[at.leaf.tile];
+    const int first = WarpPages::first_token(at.page);
+    page_id = p.page_table[tile.seq * p.page_table_stride + at.page];  // not used before the next issue()
+    offset =
+        (at.leaf.head * kPageSize + first % kPageSize) * C::kRowBytes + int(threadIdx.x) % kWarpSize * 16;
+    num_old = tile.num_old() - first;
+    num_valid = p.append.k != nullptr ? num_old : tile.length - first;
   }
-  __device__ __forceinline__ int first_token() const {
-    return WarpPages::first_token(at.page) + phase % C::kUnitSlots * C::kSlotTokens;
-  }
+  __device__ __forceinline__ int token_in_share() const { return phase % C::kUnitSlots * C::kSlotTokens; }
+
   // Does the next slot hold nothing that this step's kernels have yet to write?
   __device__ __forceinline__ bool is_old() const {
-    return at.done() || p.append.k != nullptr ||
-           first_token() + C::kSlotTokens <= at.line.tiles[at.leaf.tile].num_old();
+    return at.done() || p.append.k != nullptr || token_in_share() + C::kSlotTokens <= num_old;
   }
 
   // Fills the next slot, or does nothing at the end; one group of copies either way.
   __device__ __forceinline__ void issue() {
     if (!at.done()) {
-      const int lane = threadIdx.x % kWarpSize;
+      const int lane = threadIdx.x % kWarpSize, first = token_in_share();
       const bool is_v = phase >= C::kUnitSlots;
-      const Tile& tile = at.line.tiles[at.leaf.tile];
-      const int first = first_token();
-      const int64_t element = page_id * (is_v ? p.v_page_stride : p.k_page_stride) +
-                              int64_t(at.leaf.head * kPageSize + first % kPageSize) * C::kHeadDim;
-      const char* from = static_cast<const char*>(is_v ? p.v_cache : p.k_cache) + element * (C::kFp8 ? 1 : 2);
-      // Zeros in place of what is not cached (yet), which may be NaN.
-      const int valid = (p.append.k != nullptr ? tile.num_old() : tile.length) - first;
+      const char* cache = static_cast<const char*>(is_v ? p.v_cache : p.k_cache);
+      const int64_t page_bytes = (is_v ? p.v_page_stride : p.k_page_stride) * (C::kFp8 ? 1 : 2);
+      const char* from = cache + page_id * page_bytes + offset + first * C::kRowBytes;
       const uint32_t to = ring + uint32_t(slot * C::kSlotBytes);
+      // The warp takes kRows tokens at a time. The permutation of token i * kRows + j is that of j, and of
+      // i * kRows, which is a constant.
+      constexpr int kRows = kWarpSize / C::kChunks;
+      const int row = lane / C::kChunks;
+      const uint32_t place = chunk_offset<C>(row, lane % C::kChunks);
 #pragma unroll
-      for (int i = 0; i < C::kSlotBytes / 16 / kWarpSize; ++i) {
-        const int index = i * kWarpSize + lane, token = index / C::kChunks;
-        ptx::copy_async(to + chunk_offset<C>(token, index % C::kChunks), from + index * 16, token < valid);
+      for (int i = 0; i < C::kSlotTokens / kRows; ++i) {
+        constexpr bool kPermutes = C::kChunks >= 8;
+        const uint32_t permuted = place ^ uint32_t(kPermutes ? i * kRows % 8 * 16 : 0);
+        ptx::copy_async(to + permuted + uint32_t(i * kRows * C::kRowBytes), from + i * kRows * C::kRowBytes,
+                        first + i * kRows + row < num_valid);
       }
       if (++phase == 2 * C::kUnitSlots) {
         phase = 0;
         at.advance();
-        fetch_id();
+        start_page();
       }
       slot = slot + 1 == C::kSlots ? 0 : slot + 1;
     }
