@@ -4,6 +4,7 @@
 // weights), which is what a decode step pays. CUDA graphs, median of replays, random bits.
 //   bench_attention [S length K fp8]...
 #include <algorithm>
+#include <climits>
 #include <cstdio>
 #include <cstdlib>
 #include <vector>
@@ -102,7 +103,8 @@ struct Bench {
     p.out = out, p.q = qkv, p.k_cache = k, p.v_cache = v, p.workspace = workspace;
     if (kind == kDecode)
       p.append = {qkv + kHeads * kHeadDim, qkv + (kHeads + c.K) * kHeadDim, cos_sin, kHeadDim};
-    p.page_table = table, p.q_start = q_start, p.kv_len = kv_len, p.num_tokens = c.S, p.num_seqs = c.S;
+    p.page_table = table, p.q_start = q_start, p.kv_len = kv_len, p.num_tokens = c.S, p.num_seqs = c.S,
+    p.most_queries = INT_MAX;
     p.num_kv_heads = c.K, p.group = kHeads / c.K, p.head_dim = kHeadDim, p.q_stride = stride;
     p.out_stride = kHeads * kHeadDim, p.k_page_stride = p.v_page_stride = page,
     p.page_table_stride = c.pages();

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "kernels/attention/attention.h"
 
+#include <climits>
 #include <map>
 #include <mutex>
 
@@ -79,6 +80,7 @@ AttentionParams<Scalar> common_params(const Tensor& out, const Tensor& rows, con
       .workspace = workspace_of(rows.get_device_index(), current_stream(rows)),
       .num_tokens = rows.size(0),
       .num_seqs = int(S),
+      .most_queries = INT_MAX,
       .num_kv_heads = int(K),
       .group = int(H / K),
       .head_dim = int(D),

@@ -3,6 +3,7 @@
 // argument "tiny"). Results against sums in double; decode_attention against rope_append and attention, bit
 // for bit, caches included; a sequence alone against the same in its batch.
 #include <algorithm>
+#include <climits>
 #include <cmath>
 #include <cstring>
 #include <memory>
@@ -201,7 +202,7 @@ struct Problem {
     if (append) p.append = {rows + H * D, rows + (H + K) * D, cos_sin->get(), D};
     p.page_table = d_table->get() + int64_t(first) * table_width;
     p.q_start = d_q_start->get() + first, p.kv_len = d_kv_len->get() + first;
-    p.num_tokens = q_start[first + count] - q_start[first], p.num_seqs = count;
+    p.num_tokens = q_start[first + count] - q_start[first], p.num_seqs = count, p.most_queries = INT_MAX;
     p.num_kv_heads = K, p.group = c.group, p.head_dim = D;
     p.q_stride = stride, p.out_stride = int64_t(H) * D;
     p.k_page_stride = p.v_page_stride = int64_t(K) * kPage * D, p.page_table_stride = table_width;

@@ -325,7 +325,7 @@ __global__ void __launch_bounds__(C::kThreads, kMaxCtasPerSm)
 
   if (threadIdx.x < kWarpSize) {
     const int num_tiles = build_tiles(s.tiles, config.max_tiles, p.q_start, p.kv_len, p.num_seqs,
-                                      config.queries_per_tile, config.leaves_wanted);
+                                      p.most_queries, config.queries_per_tile, config.leaves_wanted);
     if (threadIdx.x == 0) s.num_tiles = num_tiles;
   }
   __syncthreads();  // the tiles are built
@@ -424,8 +424,11 @@ void attention(const AttentionParams<Scalar>& p, cudaStream_t stream) {
   // Several queries of a sequence fill 16 rows; with one each, 8 will do where the group has no more.
   const int tiles_n = p.group > 8 || p.num_tokens > p.num_seqs ? 2 : 1;
   const int queries_per_tile = 8 * tiles_n / p.group;
+  const int64_t most_of_seq =
+      p.most_queries < p.num_tokens ? ceil_div(p.most_queries, queries_per_tile) : p.num_tokens;
   const int64_t max_tiles =
-      std::min<int64_t>(p.num_tokens, p.num_tokens / queries_per_tile + p.num_seqs);  // of ragged sequences
+      std::min({p.num_tokens, p.num_tokens / queries_per_tile + p.num_seqs,  // of ragged sequences
+                p.num_seqs * most_of_seq});
   NF_CHECK(max_tiles <= kMaxTiles, "T=" + std::to_string(p.num_tokens) + " queries, " +
                                        std::to_string(max_tiles) + " tiles of " +
                                        std::to_string(queries_per_tile) + ": run longer prompts in slices");

@@ -50,10 +50,11 @@ struct AttentionParams {
   void* workspace;                 // attention_workspace_bytes()
   int64_t num_tokens;              // T, may be 0
   int num_seqs;                    // S
-  int num_kv_heads;                // K
-  int group;                       // G = H / K, 1..16
-  int head_dim;                    // D, 64 or 128
-  int64_t q_stride;                // elements between tokens
+  int most_queries;  // of a sequence: those with more are not computed, their rows of `out` not touched
+  int num_kv_heads;  // K
+  int group;         // G = H / K, 1..16
+  int head_dim;      // D, 64 or 128
+  int64_t q_stride;  // elements between tokens
   int64_t out_stride;
   int64_t k_page_stride;  // elements between pages
   int64_t v_page_stride;

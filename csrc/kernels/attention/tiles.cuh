@@ -95,10 +95,11 @@ __device__ __forceinline__ int next_leaf_start(const Line& line, int at) {
   return at - page + min(ceil_div(page, leaf) * leaf, pages);
 }
 
-// By one warp: the tiles of all sequences, of up to `queries_per_tile` queries. Returns their number.
+// By one warp: the tiles of all sequences with at most `most_queries` queries, of up to `queries_per_tile`.
+// Returns their number.
 __device__ __forceinline__ int build_tiles(Tile* tiles, int capacity, const int64_t* q_start,
-                                           const int64_t* kv_len, int num_seqs, int queries_per_tile,
-                                           int wanted) {
+                                           const int64_t* kv_len, int num_seqs, int most_queries,
+                                           int queries_per_tile, int wanted) {
   const int lane = threadIdx.x % kWarpSize;
   const auto inclusive_sum = [&](int v) {
 #pragma unroll
@@ -116,6 +117,7 @@ __device__ __forceinline__ int build_tiles(Tile* tiles, int capacity, const int6
       first = int(q_start[seq]);
       queries = int(q_start[seq + 1]) - first;
       length = int(kv_len[seq]);
+      if (queries > most_queries) queries = 0;
     }
     const int mine = queries == 1 ? 1 : ceil_div(queries, queries_per_tile), sum = inclusive_sum(mine);
     for (int i = 0, at = num_tiles + sum - mine; i < mine && at < capacity; ++i, ++at) {
