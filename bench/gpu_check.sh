@@ -35,13 +35,11 @@ for tool in memcheck racecheck synccheck initcheck; do
   step "sanitizer_$tool" compute-sanitizer --tool "$tool" --error-exitcode 1 build/cmake/test_rms_norm
   step "sanitizer_linear_$tool" compute-sanitizer --tool "$tool" --error-exitcode 1 build/cmake/test_linear tiny
   step "sanitizer_prefill_$tool" compute-sanitizer --tool "$tool" --error-exitcode 1 build/cmake/test_prefill_attention tiny
-  step "sanitizer_attention_$tool" compute-sanitizer --tool "$tool" --error-exitcode 1 build/cmake/test_attention tiny
 done
 
 step test_linear build/cmake/test_linear
 step bench_cpp build/cmake/bench_rms_norm
 step bench_cpp_linear build/cmake/bench_packed_linear
-step bench_cpp_attention build/cmake/bench_attention
 for bench in bench/bench_*.py; do
   family=$(basename "$bench" .py)
   step "$family" "$PYTHON" "$bench" --out "$OUT/${family#bench_}.json"

@@ -4,12 +4,14 @@
 
 namespace nf {
 
-int64_t attention_workspace_bytes() {
+int64_t attention_partial_floats() {
   int device, num_sms;
   NF_CUDA(cudaGetDevice(&device));
   NF_CUDA(cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, device));
-  using Largest = attn::Partial<attn::Config<__nv_bfloat16, false, 128, 2>>;
-  return int64_t(num_sms) * attn::kMaxCtasPerSm * attn::kPartialsPerCta * int64_t(sizeof(Largest));
+  constexpr int kLargest = attn::Config<__nv_bfloat16, false, 128, 2>::kPartialFloats;
+  return int64_t(num_sms) * attn::kCtasPerSm * attn::kPartialsPerCta * kLargest;
 }
+
+int64_t attention_counters() { return attn::kCounters; }
 
 }  // namespace nf
