@@ -8,6 +8,8 @@
 
 #include "gpu_testing.h"
 #include "kernels/linear/linear.h"
+#include "kernels/norm/rms_norm.h"
+#include "kernels/norm/row_stats.h"
 
 namespace {
 
@@ -254,6 +256,77 @@ void check_tokens(Problem<T>& p, int num_tokens, const std::vector<float>& all, 
     }
 }
 
+// Rows with statistics: the linear that reads them gives the bits of the norm and the linear one after the
+// other, and the statistics that it leaves are those of row_stats().
+template <class T>
+void check_rows(Problem<T>& p, int num_tokens) {
+  using Bf16 = __nv_bfloat16;
+  const int N = p.c.num_rows, K = p.c.num_cols;
+  const std::string what = name(p.c, num_tokens, sizeof(T));
+  const auto blocks = [](int dim) { return (dim + nf::kStatsBlock - 1) / nf::kStatsBlock; };
+  const DeviceArray<Bf16> rows(num_tokens * K), zeros(num_tokens * K), norm(std::max(N, K));
+  const DeviceArray<T> x(num_tokens * K);
+  const DeviceArray<float> scale(num_tokens);
+  const DeviceArray<float2> stats(num_tokens * blocks(K)), left(num_tokens * blocks(N)),
+      made(num_tokens * blocks(N));
+  fill_normal<<<64, 256>>>(rows.get(), int64_t(num_tokens) * K, 6, 3.0f, 0.0f);
+  fill_normal<<<64, 256>>>(norm.get(), std::max(N, K), 7, 0.3f, 1.0f);
+  zeros.fill(0);
+  NF_CUDA(cudaDeviceSynchronize());
+  const auto make_stats = [&](const Bf16* of, int dim, int64_t stride, float2* to) {
+    nf::row_stats({.stats = to,
+                   .x = of,
+                   .norm_weight = norm.get(),
+                   .num_tokens = num_tokens,
+                   .dim = dim,
+                   .x_stride = stride},
+                  p.stream);
+  };
+  make_stats(rows.get(), K, K, stats.get());
+  const int64_t stride = N + kPadding;
+  const DeviceArray<Bf16> found(num_tokens * stride), want(num_tokens * stride);
+  fill_normal<<<64, 256>>>(found.get(), num_tokens * stride, 8, 1.0f, 0.0f);
+  fill_normal<<<64, 256>>>(want.get(), num_tokens * stride, 8, 1.0f, 0.0f);
+  NF_CUDA(cudaDeviceSynchronize());
+
+  auto params = p.params(found.get(), num_tokens, nf::OutType::kBfloat16);
+  params.epilogue = nf::Epilogue::kAdd;
+  params.x = rows.get(), params.x_scale = nullptr;
+  params.x_rows = {.stats = stats.get(),
+                   .norm_weight = norm.get(),
+                   .fp8_scale = nullptr,
+                   .num_blocks = blocks(K),
+                   .eps = 1e-5f};
+  params.out_stats = left.get(), params.out_norm_weight = norm.get();
+  nf::packed_linear<T>(params, p.stream);
+  make_stats(found.get(), N, stride, made.get());
+
+  nf::add_rms_norm(nf::RmsNormParams<Bf16, T>{.out = x.get(),
+                                              .residual = rows.get(),
+                                              .x = zeros.get(),
+                                              .weight = norm.get(),
+                                              .scale = sizeof(T) == 1 ? scale.get() : nullptr,
+                                              .num_tokens = num_tokens,
+                                              .dim = K,
+                                              .out_stride = K,
+                                              .residual_stride = K,
+                                              .x_stride = K,
+                                              .eps = 1e-5f,
+                                              .scale_per_token = sizeof(T) == 1},
+                   nf::pick_norm_config(K), p.stream);
+  params.x_rows = {}, params.out_stats = nullptr, params.out = want.get();
+  params.x = x.get(), params.x_scale = sizeof(T) == 1 ? scale.get() : nullptr;
+  nf::packed_linear<T>(params, p.stream);
+  NF_CUDA(cudaStreamSynchronize(p.stream));
+  const auto same = [&](const auto& a, const auto& b, const char* of) {
+    const auto left_side = a.read(), right_side = b.read();
+    check(std::memcmp(left_side.data(), right_side.data(), left_side.size() * sizeof(left_side[0])) == 0,
+          std::string(of) + " of rows, " + what);
+  };
+  same(found, want, "the result");
+  same(left, made, "the statistics");
+}
+
 template <class T>
 void check_case(const Case& c, bool small) {
   Problem<T> p(c);
@@ -269,6 +342,8 @@ void check_case(const Case& c, bool small) {
   for (int t : tokens) check_tokens(p, t, t <= nf::kMaxFewTokens ? few : many, worst);
   if (small) {
     for (int t : {33, 200, 300}) check_epilogues(p, t);
+    p.pack(p.packed.get(), false);
+    for (int t : {1, 5, 8, 9, 16}) check_rows(p, t);
   }
   const auto workspace = p.workspace.read();
   check(workspace == std::vector<uint8_t>(workspace.size(), 0xff),
