@@ -21,7 +21,9 @@ from nemotron_fast.weights import LinearWeight, MLPWeights
 
 Linear = LinearWeight | PackedWeight
 
-FEW_TOKENS = 8  # up to here RowStatsResidual is faster (H200); kernels take 16
+# Tokens that take RowStatsResidual; its kernels take up to 16. On an H200 it was faster at 1, and slower at 8 before
+# its loads overlapped; the present form has not been timed.
+FEW_TOKENS = 8
 
 
 class Residual:

@@ -240,7 +240,7 @@ void check_tokens(Problem<T>& p, int num_tokens, const std::vector<float>& all, 
   const std::string what = name(c, num_tokens, sizeof(T));
   const double error = relative_error(p, out, num_tokens);
   worst = std::max(worst, error);
-  check(error < (sizeof(T) == 1 ? 4e-3 : 1e-4), "error " + std::to_string(error) + ", " + what);
+  check(error < (sizeof(T) == 1 ? 2e-3 : 1e-4), "error " + std::to_string(error) + ", " + what);
   check(std::memcmp(out.data(), again.data(), out.size() * 4) == 0, "two runs differ, " + what);
   check(std::memcmp(out.data(), all.data(), out.size() * 4) == 0,
         "differs from the same rows of more, " + what);

@@ -98,7 +98,7 @@ struct Consumer {
     v_ring.advance();
   }
 
-  // Mostly no maximum has changed: on an H200, 652 TFLOP/s with the test and 625 without, at 32K tokens.
+  // Mostly no maximum has changed: timed on an H200, 652 TFLOP/s with the test and 625 without, at 32K.
   __device__ __forceinline__ void rescale(Fragments& f) const {
     if (!__any_sync(kFullWarp, f.rescale[0] != 1.0f || f.rescale[1] != 1.0f)) return;
 #pragma unroll

@@ -47,8 +47,8 @@ void prepare(int max_smem_bytes) {
   });
 }
 
-// Every kernel launched here calls wait_for_predecessor() in each thread. Its grid.smem_bytes are the same at
-// each launch.
+// A kernel launched here calls wait_for_predecessor() before it touches what others write. One whose
+// grid.smem_bytes vary calls prepare() with the largest first.
 template <auto kKernel, class... Args>
 void launch(const Grid& grid, cudaStream_t stream, const Args&... args) {
   prepare<kKernel>(grid.smem_bytes);
