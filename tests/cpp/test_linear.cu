@@ -240,7 +240,9 @@ void check_tokens(Problem<T>& p, int num_tokens, const std::vector<float>& all, 
   const std::string what = name(c, num_tokens, sizeof(T));
   const double error = relative_error(p, out, num_tokens);
   worst = std::max(worst, error);
-  check(error < (sizeof(T) == 1 ? 2e-3 : 1e-4), "error " + std::to_string(error) + ", " + what);
+  // Tensor cores truncate the sum at every instruction: in BF16 that is all of the error and grows with K.
+  check(error < (sizeof(T) == 1 ? 2e-3 : std::max(1e-4, 1e-8 * p.c.num_cols)),
+        "error " + std::to_string(error) + ", " + what);
   check(std::memcmp(out.data(), again.data(), out.size() * 4) == 0, "two runs differ, " + what);
   check(std::memcmp(out.data(), all.data(), out.size() * 4) == 0,
         "differs from the same rows of more, " + what);

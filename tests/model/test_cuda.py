@@ -41,9 +41,11 @@ def test_greedy_tokens_equal_the_cpu_backend(pair):
 
 def test_prompt_logprobs_equal_the_cpu_backend(pair):
     params = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0)
+    """A value at a border of two e4m3 numbers may round the other way on either side: few tokens see it."""
     for found, want in zip(*(llm.generate(PROMPTS, params) for llm in pair), strict=True):
-        for mine, theirs in zip(found.prompt_logprobs[1:], want.prompt_logprobs[1:], strict=True):
-            assert mine.logprob == pytest.approx(theirs.logprob, abs=0.25)
+        pairs = zip(found.prompt_logprobs[1:], want.prompt_logprobs[1:], strict=True)
+        errors = [abs(mine.logprob - theirs.logprob) for mine, theirs in pairs]
+        assert sum(errors) <= 0.06 * len(errors) and max(errors, default=0) <= 0.5, errors
 
 
 @pytest.mark.parametrize("quantize", [None, "fp8"])

@@ -13,10 +13,11 @@ constexpr float kMaxFp8 = 448.0f;    // largest finite e4m3
 constexpr float kMinScale = 1e-12f;  // so that an all-zero row divides by something
 
 // x / scale, rounded as a division is (Markstein: one Newton step from a correctly rounded reciprocal), where
-// that matters to e4m3. The compiler's division would call a subroutine for unusual exponents.
+// that matters to e4m3. The compiler's division would call a subroutine for unusual exponents. The step loses the
+// sign of a zero, which q has.
 __device__ __forceinline__ float quotient(float x, float scale) {
   const float inverse = __frcp_rn(scale), q = x * inverse;
-  return fabsf(q) < 2.0f * kMaxFp8 ? fmaf(fmaf(-q, scale, x), inverse, q) : q;
+  return fabsf(q) < 2.0f * kMaxFp8 ? copysignf(fmaf(fmaf(-q, scale, x), inverse, q), q) : q;
 }
 
 // round_e4m3(v / scale), saturating, two values in the low 16 bits. Not v * (1 / scale), which would round some
