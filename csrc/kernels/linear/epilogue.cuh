@@ -6,6 +6,7 @@
 #include "kernels/common/device.cuh"
 #include "kernels/linear/linear.h"
 #include "kernels/norm/row_stats.cuh"
+#include "kernels/quant/fp8.cuh"
 
 namespace nf {
 namespace {
@@ -34,12 +35,20 @@ __device__ __forceinline__ RowPair exchange(float first, float second, bool odd_
 
 __device__ __forceinline__ float silu_mul(float gate, float up) {
   gate = to_bf16(gate), up = to_bf16(up);
-  return to_bf16(gate / (1.0f + __expf(-gate)) * up);
+  return to_bf16(__fdividef(gate, 1.0f + __expf(-gate)) * up);  // as kernels/mlp/silu_mul.cu, and why so
+}
+
+// Of a token's rows row + 8 h and row + 8 h + 1.
+using ResidualPairs = __nv_bfloat162[2];
+
+__device__ __forceinline__ __nv_bfloat162* residual_at(const PackedLinearParams& p, int token, int row, int h) {
+  return reinterpret_cast<__nv_bfloat162*>(static_cast<__nv_bfloat16*>(p.out) + token * p.out_stride + row +
+                                           8 * h);
 }
 
 // y[h]: rows row + 8 h and row + 8 h + 1 of one token. Returns the statistics of what it stores.
-__device__ __forceinline__ float2 store_pairs(const PackedLinearParams& p, const RowPair (&y)[2], int token,
-                                              int row) {
+__device__ __forceinline__ float2 store_pairs(const PackedLinearParams& p, const RowPair (&y)[2],
+                                              const ResidualPairs& residuals, int token, int row) {
   float2 stats{0.0f, 0.0f};
   if (p.epilogue == Epilogue::kSwiglu) {
     const RowPair h{silu_mul(y[0].v[0], y[1].v[0]), silu_mul(y[0].v[1], y[1].v[1])};
@@ -48,10 +57,8 @@ __device__ __forceinline__ float2 store_pairs(const PackedLinearParams& p, const
       *reinterpret_cast<__nv_bfloat162*>(static_cast<__nv_bfloat16*>(p.out) + at) = pack_bf16(h);
       if (p.out_stats) stats = pair_stats({h.v[0], h.v[1]}, {1.0f, 1.0f});
     } else {
-      const float scale = *p.out_scale;
-      const float2 scaled{h.v[0] / scale, h.v[1] / scale};
-      *reinterpret_cast<__nv_fp8x2_storage_t*>(static_cast<__nv_fp8_storage_t*>(p.out) + at) =
-          __nv_cvt_float2_to_fp8x2(scaled, __NV_SATFINITE, __NV_E4M3);
+      *reinterpret_cast<uint16_t*>(static_cast<uint8_t*>(p.out) + at) =
+          uint16_t(to_fp8({h.v[0], h.v[1]}, *p.out_scale));
     }
     return stats;
   }
@@ -62,9 +69,9 @@ __device__ __forceinline__ float2 store_pairs(const PackedLinearParams& p, const
       *reinterpret_cast<float2*>(static_cast<float*>(p.out) + at + 8 * h) = {y[h].v[0], y[h].v[1]};
       continue;
     }
-    auto* out = reinterpret_cast<__nv_bfloat162*>(static_cast<__nv_bfloat16*>(p.out) + at + 8 * h);
+    __nv_bfloat162* out = residual_at(p, token, row, h);
     if (p.epilogue == Epilogue::kAdd) {
-      const float2 residual = __bfloat1622float2(*out);
+      const float2 residual = __bfloat1622float2(residuals[h]);
       const __nv_bfloat162 sum =
           pack_bf16({residual.x + to_bf16(y[h].v[0]), residual.y + to_bf16(y[h].v[1])});
       *out = sum;
@@ -82,10 +89,12 @@ __device__ __forceinline__ float2 store_pairs(const PackedLinearParams& p, const
   return stats;
 }
 
+__device__ __forceinline__ int row_scale_index(const PackedLinearParams& p, int packed_row) {
+  if (!p.weight_scale_per_row) return 0;
+  return p.epilogue == Epilogue::kSwiglu ? gate_up_row(packed_row, p.num_rows) : packed_row;
+}
 __device__ __forceinline__ float row_scale(const PackedLinearParams& p, int packed_row) {
-  if (!p.weight_scale) return 1.0f;
-  if (!p.weight_scale_per_row) return *p.weight_scale;
-  return p.weight_scale[p.epilogue == Epilogue::kSwiglu ? gate_up_row(packed_row, p.num_rows) : packed_row];
+  return p.weight_scale ? p.weight_scale[row_scale_index(p, packed_row)] : 1.0f;
 }
 __device__ __forceinline__ float token_scale(const PackedLinearParams& p, int token) {
   return p.x_scale ? p.x_scale[p.x_scale_per_token ? token : 0] : 1.0f;
@@ -105,28 +114,44 @@ __device__ __forceinline__ void finish(const float (&r_acc)[kRegs], const Packed
 #pragma unroll
     for (int i = 0; i < 2; ++i) weight_scale[h][i] = inside ? row_scale(p, row + 8 * h + i) : 1.0f;
   }
+  constexpr int kGroups = kRegs / 4;  // of 8 tokens
+  constexpr int kBatch = kGroups <= 4 ? kGroups : 2;
+  const auto token_of = [&](int group) { return first_token + group * 8 + lane % 4 * 2 + odd_row; };
 #pragma unroll
-  for (int i = 0; i < kRegs / 4; ++i) {
-    asm volatile("" ::: "memory");  // eight tokens at a time: all addresses at once need too many registers
-    const float* r = &r_acc[i * 4];
-    RowPair y[2] = {exchange(r[0], r[1], odd_row), exchange(r[2], r[3], odd_row)};
-    const int token = first_token + i * 8 + lane % 4 * 2 + odd_row;
-    float2 stats{0.0f, 0.0f};
-    if (inside && token < p.num_tokens) {
-      const float x_scale = x_scale_of(token);
+  for (int first = 0; first < kGroups; first += kBatch) {
+    asm volatile("" ::: "memory");  // one batch at a time: all addresses at once need too many registers
+    float x_scale[kBatch];
+    ResidualPairs residuals[kBatch];
 #pragma unroll
-      for (int h = 0; h < 2; ++h) {
+    for (int i = 0; i < kBatch; ++i) {  // the loads of a batch are under way together
+      const int token = token_of(first + i);
+      if (!inside || token >= p.num_tokens) continue;
+      x_scale[i] = x_scale_of(token);
+      if (p.epilogue == Epilogue::kAdd)
 #pragma unroll
-        for (int j = 0; j < 2; ++j) y[h].v[j] *= x_scale, y[h].v[j] *= weight_scale[h][j];
-      }
-      stats = store_pairs(p, y, token, row);
+        for (int h = 0; h < 2; ++h) residuals[i][h] = *residual_at(p, token, row, h);
     }
-    if constexpr (kOutStats) {
-      if (!p.out_stats) continue;
 #pragma unroll
-      for (int mask = 8; mask < kWarpSize; mask *= 2)  // the lanes that have the same token
-        stats = merge_stats(stats, shuffle_xor(stats, mask));
-      if (lane < 8) s_stats[token] = stats;
+    for (int i = 0; i < kBatch; ++i) {
+      const float* r = &r_acc[(first + i) * 4];
+      RowPair y[2] = {exchange(r[0], r[1], odd_row), exchange(r[2], r[3], odd_row)};
+      const int token = token_of(first + i);
+      float2 stats{0.0f, 0.0f};
+      if (inside && token < p.num_tokens) {
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+#pragma unroll
+          for (int j = 0; j < 2; ++j) y[h].v[j] *= x_scale[i], y[h].v[j] *= weight_scale[h][j];
+        }
+        stats = store_pairs(p, y, residuals[i], token, row);
+      }
+      if constexpr (kOutStats) {
+        if (!p.out_stats) continue;
+#pragma unroll
+        for (int mask = 8; mask < kWarpSize; mask *= 2)  // the lanes that have the same token
+          stats = merge_stats(stats, shuffle_xor(stats, mask));
+        if (lane < 8) s_stats[token] = stats;
+      }
     }
   }
 }

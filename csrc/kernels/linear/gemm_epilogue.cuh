@@ -6,6 +6,7 @@
 
 #include "host/gemm_schedule.h"
 #include "kernels/linear/epilogue.cuh"
+#include "kernels/ptx/cp_async.cuh"
 #include "kernels/ptx/mbarrier.cuh"
 #include "kernels/ptx/mma.cuh"
 #include "kernels/ptx/named_barrier.cuh"
@@ -25,18 +26,52 @@ __device__ __forceinline__ uint32_t bits_of(__nv_bfloat162 v) {
   return bits;
 }
 
+__device__ __forceinline__ float2 pair_of(uint32_t bits) {
+  return {__uint_as_float(bits << 16), __uint_as_float(bits & 0xffff0000u)};
+}
+
+// What a warpgroup's tile is scaled by. Copied while it multiplies: a load at the end would wait for L2.
+struct TileScales {
+  alignas(8) float token[kTileTokens];
+  float row[kTileRows];
+
+  __device__ __forceinline__ void start_loading(const PackedLinearParams& p, int first_row, int first_token,
+                                                int thread) {
+#pragma unroll
+    for (int i = thread; i < kTileTokens; i += kWarpgroupThreads) {
+      const int at = p.x_scale_per_token ? min(first_token + i, p.num_tokens - 1) : 0;
+      load(token[i], p.x_scale, at);
+    }
+    if (thread < kTileRows) {
+      const int packed_row = min(first_row + thread, p.num_rows - 1);
+      load(row[thread], p.weight_scale, row_scale_index(p, packed_row));
+    }
+    ptx::commit_copies();
+  }
+
+ private:
+  __device__ __forceinline__ void load(float& to, const float* from, int at) {
+    if (from)
+      ptx::copy_word_async(ptx::smem_address(&to), from + at);
+    else
+      to = 1.0f;
+  }
+};
+
 // Where chunk `chunk` of kChunks of a token's row is: 8 tokens' same chunks lie in different banks.
 template <int kChunks>
 __device__ __forceinline__ int staged_offset(int token, int chunk) {
   return (token * kChunks + (chunk ^ token / (8 / kChunks) % kChunks)) * kChunkBytes;
 }
 
-// A warpgroup's share of a tile: 64 rows from `row` on, kHalfTileTokens tokens from `token` on.
+// A warpgroup's share of half a tile: 64 rows x kHalfTileTokens tokens.
 struct HalfTile {
   const PackedLinearParams& p;
   Staging& staging;
-  int barrier;  // for this warpgroup alone
-  int row, token;
+  const TileScales& scales;
+  int barrier;     // for this warpgroup alone
+  int row, token;  // of the tile
+  int first;       // the half's first token, from `token` on
 
   __device__ __forceinline__ void sync() const { ptx::barrier_sync(barrier, kWarpgroupThreads); }
 
@@ -44,9 +79,7 @@ struct HalfTile {
   template <class F>
   __device__ __forceinline__ void scaled(const float* r, int i, float low_scale, float high_scale, int lane,
                                          F&& f) const {
-    float2 x_scale;
-    const int first = token + i * 8 + lane % 4 * 2, last = p.num_tokens - 1;
-    x_scale.x = token_scale(p, min(first, last)), x_scale.y = token_scale(p, min(first + 1, last));
+    const float2 x_scale = *reinterpret_cast<const float2*>(&scales.token[first + i * 8 + lane % 4 * 2]);
     f(float2{r[0] * x_scale.x * low_scale, r[1] * x_scale.y * low_scale},
       float2{r[2] * x_scale.x * high_scale, r[3] * x_scale.y * high_scale});
   }
@@ -94,8 +127,8 @@ struct HalfTile {
     if (column >= num_columns) return;
 #pragma unroll
     for (int t = thread / kChunks; t < kHalfTileTokens; t += kWarpgroupThreads / kChunks) {
-      if (token + t >= p.num_tokens) break;
-      f((token + t) * p.out_stride + column,
+      if (token + first + t >= p.num_tokens) break;
+      f((token + first + t) * p.out_stride + column,
         load_vec(reinterpret_cast<const __nv_bfloat16*>(&staging[staged_offset<kChunks>(t, chunk)]), 0));
     }
   }
@@ -103,18 +136,18 @@ struct HalfTile {
   __device__ __forceinline__ void store(const float (&r_acc)[kHalfRegs], int thread) const {
     const int warp = thread / kWarpSize, lane = thread % kWarpSize;
     if (p.out_type == OutType::kFloat) {
-      finish<false>(r_acc, p, row + warp * kStripRows, token, lane, nullptr,
+      finish<false>(r_acc, p, row + warp * kStripRows, token + first, lane, nullptr,
                     [&](int t) { return token_scale(p, t); });
       return;
     }
-    const int my_row = min(row + warp * kStripRows, p.num_rows - kStripRows) + lane / 4;
-    const float low_scale = row_scale(p, my_row), high_scale = row_scale(p, my_row + 8);
     auto* out = static_cast<__nv_bfloat16*>(p.out);
-    sync();  // what was staged before has been read
+    sync();  // what was staged before has been read, the scales are there
+    const float* row_scales = &scales.row[warp * kStripRows + lane / 4];
+    const float low_scale = row_scales[0], high_scale = row_scales[8];
     if (p.epilogue == Epilogue::kSwiglu) {
       stage_swiglu(r_acc, low_scale, high_scale, warp, lane);
       sync();
-      const float scale = p.out_type == OutType::kFp8 ? *p.out_scale : 1.0f;
+      const Divisor scale(p.out_type == OutType::kFp8 ? *p.out_scale : 1.0f);
       for_staged<4>(row / 2, p.num_rows / 2, thread, [&](int64_t at, const Vec<__nv_bfloat16>& v) {
         if (p.out_type == OutType::kFp8)
           store_fp8(static_cast<__nv_fp8_e4m3*>(p.out) + at, 0, v, scale);

@@ -42,7 +42,8 @@ struct GemmSmem {
     alignas(1024) uint8_t weight[2][kTileBytes];          // [warpgroup], 64 swizzled rows
     alignas(1024) uint8_t x[2][kClusterCtas][kBoxBytes];  // [half][CTA that loads it], swizzled rows
   } stage[kStages];
-  Staging staging[2];  // [warpgroup]
+  Staging staging[2];    // [warpgroup]
+  TileScales scales[2];  // [warpgroup]
   alignas(8) uint64_t full[kStages], empty[kStages];
 };
 
@@ -250,19 +251,20 @@ __device__ __forceinline__ void gemm_consume(GemmSmem& s, const PackedLinearPara
   for (int i = first_tile(); i < schedule.num_tiles; i += gridDim.x / kClusterCtas) {
     const GemmTile tile = schedule.tile(i);
     const int halves = uniform(tile.num_halves);
+    const int row = (tile.pair * kClusterCtas + rank) * kBlockRows + warpgroup * kTileRows;
+    s.scales[warpgroup].start_loading(p, row, tile.token, here(threadIdx.x % kWarpgroupThreads));
     GemmAccumulators r_acc;
     if (halves == 2)
       multiplier.template multiply<2>(r_acc, k_tiles);
     else
       multiplier.template multiply<1>(r_acc, k_tiles);
-    const int row = (tile.pair * kClusterCtas + rank) * kBlockRows + warpgroup * kTileRows;
-    const HalfTile first{p, s.staging[warpgroup], kEpilogue + warpgroup, row, tile.token};
+    ptx::wait_for_copies<0>();  // of the scales
     const int thread = here(threadIdx.x % kWarpgroupThreads);
-    first.store(r_acc[0], thread);
+    HalfTile half{p, s.staging[warpgroup], s.scales[warpgroup], kEpilogue + warpgroup, row, tile.token, 0};
+    half.store(r_acc[0], thread);
     if (halves == 2) {
-      HalfTile second = first;
-      second.token += kHalfTileTokens;
-      second.store(r_acc[1], thread);
+      half.first = kHalfTileTokens;
+      half.store(r_acc[1], thread);
     }
   }
 }

@@ -236,7 +236,7 @@ __device__ __forceinline__ void collect(Accumulators<C>& r_acc, const PackedLine
 // Row `token`'s scale.
 template <class C>
 __device__ __forceinline__ float x_scale(const LinearSmem<C>& s, const PackedLinearParams& p, int token) {
-  if constexpr (C::kMakesX && sizeof(typename C::Element) == 1) return s.factors[token].fp8_scale;
+  if constexpr (C::kMakesX && sizeof(typename C::Element) == 1) return s.factors[token].fp8_scale.value;
   return token_scale(p, token);
 }
 

@@ -127,7 +127,7 @@ struct TileMaker {
     }
   }
 
-  static __device__ __forceinline__ uint32_t to_element(const Columns& columns, float fp8_scale) {
+  static __device__ __forceinline__ uint32_t to_element(const Columns& columns, const Divisor& fp8_scale) {
     if constexpr (kPairs == 2) {
       return to_fp8(__bfloat1622float2(columns.pair[0]), fp8_scale) |
              to_fp8(__bfloat1622float2(columns.pair[1]), fp8_scale) << 16;

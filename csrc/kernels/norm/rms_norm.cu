@@ -103,7 +103,7 @@ __global__ void __launch_bounds__(C::kMaxThreads, C::kMinCtas)
   const float2 stats = row_stats<C>(r_row, r_weight, num_vecs);
   const float* fp8_scale = p.scale_per_token ? nullptr : p.scale;
   const RowFactors factors = factors_of(stats, p.dim, true, p.eps, fp8_scale);
-  if (C::kFp8 && p.scale_per_token && threadIdx.x == 0) p.scale[row] = factors.fp8_scale;
+  if (C::kFp8 && p.scale_per_token && threadIdx.x == 0) p.scale[row] = factors.fp8_scale.value;
 
 #pragma unroll
   for (int i = 0; i < C::kVecs; ++i) {

@@ -13,8 +13,8 @@ namespace nf {
 
 // What a row's elements are multiplied with and divided by.
 struct RowFactors {
-  float inv_rms;    // 1 without a norm
-  float fp8_scale;  // of an e4m3 result
+  float inv_rms;      // 1 without a norm
+  Divisor fp8_scale;  // of an e4m3 result
 };
 
 // A part of a row: {sum of squares, largest |x * w|}.

@@ -13,6 +13,11 @@ __device__ __forceinline__ void copy_async(uint32_t smem_address, const void* gl
                : "memory");
 }
 
+// 4 bytes.
+__device__ __forceinline__ void copy_word_async(uint32_t smem_address, const void* global) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(smem_address), "l"(global) : "memory");
+}
+
 __device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
 // Until at most kPending of this thread's youngest groups are unfinished.

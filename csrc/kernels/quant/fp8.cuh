@@ -12,29 +12,39 @@ namespace nf {
 constexpr float kMaxFp8 = 448.0f;    // largest finite e4m3
 constexpr float kMinScale = 1e-12f;  // so that an all-zero row divides by something
 
+// What many values are divided by. Its reciprocal, correctly rounded, costs as much as several quotients.
+struct Divisor {
+  float value, inverse;
+  Divisor() = default;
+  __device__ __forceinline__ Divisor(float v) {
+    value = v;
+    inverse = __frcp_rn(v);
+  }
+};
+
 // x / scale, rounded as a division is (Markstein: one Newton step from a correctly rounded reciprocal), where
-// that matters to e4m3. The compiler's division would call a subroutine for unusual exponents. The step loses the
-// sign of a zero, which q has.
-__device__ __forceinline__ float quotient(float x, float scale) {
-  const float inverse = __frcp_rn(scale), q = x * inverse;
-  return fabsf(q) < 2.0f * kMaxFp8 ? copysignf(fmaf(fmaf(-q, scale, x), inverse, q), q) : q;
+// that matters to e4m3. The compiler's division would call a subroutine for unusual exponents. The step loses
+// the sign of a zero, which q has.
+__device__ __forceinline__ float quotient(float x, const Divisor& scale) {
+  const float q = x * scale.inverse;
+  return fabsf(q) < 2.0f * kMaxFp8 ? copysignf(fmaf(fmaf(-q, scale.value, x), scale.inverse, q), q) : q;
 }
 
-// round_e4m3(v / scale), saturating, two values in the low 16 bits. Not v * (1 / scale), which would round some
-// values to the other neighbour than the reference.
-__device__ __forceinline__ uint32_t to_fp8(float2 v, float scale) {
+// round_e4m3(v / scale), saturating, two values in the low 16 bits. Not v * (1 / scale), which would round
+// some values to the other neighbour than the reference.
+__device__ __forceinline__ uint32_t to_fp8(float2 v, const Divisor& scale) {
   return __nv_cvt_float2_to_fp8x2({quotient(v.x, scale), quotient(v.y, scale)}, __NV_SATFINITE, __NV_E4M3);
 }
 
 template <class Scalar>
-__device__ __forceinline__ uint2 to_fp8(const Vec<Scalar>& v, float scale) {
+__device__ __forceinline__ uint2 to_fp8(const Vec<Scalar>& v, const Divisor& scale) {
   return {to_fp8(v.pair(0), scale) | to_fp8(v.pair(1), scale) << 16,
           to_fp8(v.pair(2), scale) | to_fp8(v.pair(3), scale) << 16};
 }
 
 template <class Scalar>
 __device__ __forceinline__ void store_fp8(__nv_fp8_e4m3* row, int vec_idx, const Vec<Scalar>& v,
-                                          float scale) {
+                                          const Divisor& scale) {
   reinterpret_cast<uint2*>(row)[vec_idx] = to_fp8(v, scale);
 }
 
