@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""attention (decode and one prefill) against SDPA on contiguous BF16 keys and values, and rope_append against torch.
+"""attention (decode and one prefill) against SDPA on contiguous BF16 keys and values, decode_attention against the two
+ops that it fuses and SDPA, which does less, and rope_append against torch.
 
 python bench/bench_attention.py [--device cuda|cpu] [--only attention-fp8]
 """
@@ -7,7 +8,7 @@ python bench/bench_attention.py [--device cuda|cpu] [--only attention-fp8]
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -59,6 +60,51 @@ def sdpa(s: Paged, dtype: torch.dtype | None = None) -> Tensor:
     return out.transpose(1, 2).flatten(0, 1)
 
 
+@dataclass(frozen=True)
+class Decode:
+    paged: Paged
+    qkv: Tensor  # [S, (H + 2K) D]
+    cos_sin: Tensor
+    positions: Tensor
+    slots: Tensor
+
+    def to(self, qkv: Tensor, caches: tuple[Tensor, Tensor]) -> Decode:
+        return replace(self, qkv=qkv, paged=replace(self.paged, caches=caches))
+
+
+def make_decode(case: cases.AttentionCase, device: torch.device) -> Decode:
+    paged = make_paged(case, device)
+    position = case.length - 1
+    angles = torch.rand(case.length, case.D // 2, device=device) * 6
+    return Decode(
+        paged,
+        runner.randn(case.S, (case.H + 2 * case.K) * case.D, device=device),
+        torch.cat((angles.cos(), angles.sin()), -1),
+        paged.kv_len - 1,
+        paged.table[:, position // PAGE] * PAGE + position % PAGE,
+    )
+
+
+def our_decode_attention(s: Decode) -> Tensor:
+    p, dim = s.paged, s.cos_sin.shape[1]
+    sequences = (p.table, p.q_start, p.kv_len)
+    return ops.decode_attention(s.qkv, *p.caches, s.cos_sin, *sequences, softmax_scale=dim**-0.5)
+
+
+def two_ops(s: Decode) -> Tensor:
+    p, dim = s.paged, s.cos_sin.shape[1]
+    ops.rope_append(s.qkv, *p.caches, s.cos_sin, s.positions, s.slots)
+    q = s.qkv.view(len(s.qkv), -1, dim)[:, : p.q.shape[1]]
+    return ops.attention(q, *p.caches, p.table, p.q_start, p.kv_len, softmax_scale=dim**-0.5)
+
+
+def check_decode(s: Decode, call: runner.Call) -> None:
+    found, want = (s.to(s.qkv.clone(), tuple(c.clone() for c in s.paged.caches)) for _ in range(2))
+    compare.assert_bit_equal(call(found), two_ops(want))
+    for cache, want_cache in zip(found.paged.caches, want.paged.caches, strict=True):
+        compare.assert_bit_equal(cache.view(torch.uint8), want_cache.view(torch.uint8))
+
+
 def our_rope_append(s: list[Tensor]) -> None:
     ops.rope_append(*s)
 
@@ -93,6 +139,10 @@ def rows(device: torch.device, quick: bool) -> Iterator[runner.Row]:
     near = runner.equals(partial(sdpa, dtype=torch.float32), rtol=2**-6, atol=2**-7)  # softmax weights rounded to BF16
     for case in cases.ATTENTION_BENCH_CPU if quick else cases.ATTENTION_BENCH:
         yield runner.Row(case, partial(make_paged, case, device), our_attention, {"sdpa bf16": sdpa}, near)
+    for case in cases.DECODE_BENCH_CPU if quick else cases.DECODE_BENCH:
+        peers = {"two ops": two_ops, "sdpa bf16": lambda s: sdpa(s.paged)}
+        make = partial(make_decode, case, device)
+        yield runner.Row(case, make, our_decode_attention, peers, check_decode, lambda *_: None)
     for case in cases.ROPE_BENCH_CPU if quick else cases.ROPE_BENCH:
         peers = runner.eager_and_compiled(torch_rope_append, device)
         yield runner.Row(case, partial(make_rope, case, device), our_rope_append, peers, check_rope)

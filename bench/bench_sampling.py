@@ -12,7 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from nemotron_fast import ops, reference
+from nemotron_fast import ops, reference_sampling
 from nemotron_fast.testing import cases, compare, runner
 
 Inputs = list[Tensor]  # the op's arguments, in the wrapper's order
@@ -54,7 +54,7 @@ def sort_sample(s: Inputs) -> Tensor:
 
 def check_sample(s: Inputs, call: runner.Call) -> None:
     """Token for token; one row in 20 may differ, where a rounding moves a token across a threshold."""
-    same = call(s) == reference.sample(*s)
+    same = call(s) == reference_sampling.sample(*s)
     assert int((~same).sum()) * 20 <= len(same), f"{int((~same).sum())} of {len(same)} tokens differ"
 
 
@@ -69,13 +69,13 @@ def check_drawn(s: Inputs, call: runner.Call) -> None:
 def check_penalize(s: Inputs, call: runner.Call) -> None:
     found, want = ([s[0].clone(), *s[1:]] for _ in range(2))
     call(found)
-    reference.penalize(*want)
+    reference_sampling.penalize(*want)
     compare.assert_close(found[0], want[0], rtol=1e-6, atol=1e-6)
 
 
 def check_logprobs(s: Inputs, call: runner.Call) -> None:
     """The rank of a token of many: where logits tie in log-probability, peers count otherwise."""
-    for found, want in zip(call(s), reference.top_logprobs(*s, cases.SamplingCase.num_top), strict=True):
+    for found, want in zip(call(s), reference_sampling.top_logprobs(*s, cases.SamplingCase.num_top), strict=True):
         compare.assert_close(found, want, rtol=1e-4, atol=1e-5)
 
 
@@ -84,10 +84,10 @@ def rows(device: torch.device, quick: bool) -> Iterator[runner.Row]:
     both = partial(runner.eager_and_compiled, device=device)
     of_op = {
         "sample": (lambda s: ops.sample(*s), {"torch sort": sort_sample}, check_sample, check_drawn),
-        "penalize": (lambda s: ops.penalize(*s), both(lambda s: reference.penalize(*s)), check_penalize),
+        "penalize": (lambda s: ops.penalize(*s), both(lambda s: reference_sampling.penalize(*s)), check_penalize),
         "top_logprobs": (
             lambda s: ops.top_logprobs(*s, num_top),
-            both(lambda s: reference.top_logprobs(*s, num_top)),
+            both(lambda s: reference_sampling.top_logprobs(*s, num_top)),
             check_logprobs,
         ),
     }

@@ -34,6 +34,7 @@ build() {
 run_tests() {
   step 60 test_linear_small build/cmake/test_linear small
   step 60 test_prefill_tiny build/cmake/test_prefill_attention tiny
+  step 60 test_attention_tiny build/cmake/test_attention tiny
   step 300 ctest ctest --test-dir build/cmake --output-on-failure --timeout 120
   for family in kernels model; do
     step 300 "pytest_$family" "$PYTHON" -m pytest -m gpu -q -rs "tests/$family"
@@ -47,6 +48,7 @@ sanitize() {
     step 120 "sanitizer_norm_$tool" "${check[@]}" build/cmake/test_rms_norm
     step 120 "sanitizer_linear_$tool" "${check[@]}" build/cmake/test_linear tiny
     step 120 "sanitizer_prefill_$tool" "${check[@]}" build/cmake/test_prefill_attention tiny
+    step 120 "sanitizer_attention_$tool" "${check[@]}" build/cmake/test_attention tiny
   done
 }
 

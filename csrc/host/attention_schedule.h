@@ -7,24 +7,25 @@
 // into equal parts. But the arithmetic must not depend on the cuts, or a sequence would get other bits in
 // another batch. So the pages of a pair are first grouped to leaves, whose length depends on `pages` only; a
 // leaf is always computed whole, by the CTA in whose part it starts; and leaves are merged along a fixed
-// tree: a binary tree over up to 16 aligned leaves (a group), then the groups from left to right. A CTA
-// merges what it has into aligned subtrees; where a pair is shared, each leaves its subtrees in memory, and
-// the last CTA to arrive merges those along the same tree.
+// binary tree over aligned leaves. A CTA merges what it has into aligned subtrees. Where CTAs share a pair,
+// the one with leaf 0 owns it: the others leave their subtrees in memory, and the owner merges those along
+// the same tree. It is the last pair of the owner's part but the first of everyone else's, so that in a large
+// batch the owner finds all done.
 #pragma once
 
 #include <cstdint>
 
 namespace nf::attn {
 
-constexpr int kPageSize = 64;   // tokens
-constexpr int kGroupLevel = 4;  // a group has 2^4 leaves
-constexpr int kMaxLeaves = 32;  // of a pair: one per lane of a warp
-constexpr int kLongLeaf = 32;   // pages; longer leaves only where there would be too many
+constexpr int kPageSize = 64;               // tokens
+constexpr int kLevels = 5;                  // of the tree
+constexpr int kMaxLeaves = 1 << kLevels;    // of a pair: one per lane of a warp
+constexpr int kPagesAtOnce = 2;             // that a CTA reads at a time
+constexpr int kUnsplit = 2 * kPagesAtOnce;  // pages that are not worth a meeting of CTAs
+constexpr int kLongLeaf = 32;               // pages; longer leaves only where there would be too many
 
-// Subtrees that one CTA can leave of a pair that it shares: at most 8 of the first pair of its part
-// (leaves 1..30 are 1 + 2 + 4 + 8 + 8 + 4 + 2 + 1), and at most 5 of the last (leaves 0..30).
-constexpr int kPartialsOfFirst = 8, kPartialsOfLast = 5;
-constexpr int kPartialsPerCta = kPartialsOfFirst + kPartialsOfLast;
+// Subtrees that one CTA can leave: leaves 1..30 are 1 + 2 + 4 + 8 + 8 + 4 + 2 + 1.
+constexpr int kPartialsPerCta = 8;
 
 constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
@@ -37,10 +38,10 @@ constexpr int leaves_wanted(int num_kv_heads) {
 
 // Pages of a leaf. Long sequences get more leaves, for balance in mixed batches.
 constexpr int leaf_pages(int pages, int wanted) {
-  const int leaf = ceil_div(pages, wanted);
-  if (leaf <= kLongLeaf) return leaf;
-  const int shortest = ceil_div(pages, kMaxLeaves);
-  return shortest > kLongLeaf ? shortest : kLongLeaf;
+  if (pages <= kUnsplit) return pages;
+  const auto of = [pages](int leaves) { return ceil_div(pages, leaves * kPagesAtOnce) * kPagesAtOnce; };
+  if (of(wanted) <= kLongLeaf) return of(wanted);
+  return of(kMaxLeaves) > kLongLeaf ? of(kMaxLeaves) : kLongLeaf;
 }
 
 // a / b for positive a and b < 2^31: a GPU divides 64-bit numbers several times slower.
@@ -57,24 +58,17 @@ constexpr int owner_of(int64_t at, int64_t W, int num_ctas) {
 }
 
 // What becomes of a subtree of 2^level leaves from `leaf` on: first it is merged with its left siblings on
-// levels [level, merged_level), then stored on a stack until its right sibling comes, or emitted.
+// levels [level, merged_level), then stored on a stack until its right sibling comes, or left in memory if
+// its left one is another CTA's.
 struct Push {
   int merged_level;
-  bool emit;
+  bool leaves;
 };
 
-// first_leaf: where the CTA starts within the pair; `whole`: it has all of the pair's leaves.
-constexpr Push plan_push(int leaf, int level, int first_leaf, bool whole) {
-  while (level < kGroupLevel && (leaf >> level & 1) && leaf - (1 << level) >= first_leaf)
-    leaf -= 1 << level++;
-  const bool lacks_sibling = level < kGroupLevel && (leaf >> level & 1);  // the left one is another CTA's
-  return {level, !whole && (lacks_sibling || level == kGroupLevel)};
-}
-
-// Where in a CTA's partials its `ordinal`-th of a pair lies; the pair is its part's first unless it has leaf
-// 0.
-constexpr int partial_index(int first_leaf, int ordinal) {
-  return (first_leaf > 0 ? 0 : kPartialsOfFirst) + ordinal;
+// first_leaf: where the CTA starts within the pair.
+constexpr Push plan_push(int leaf, int level, int first_leaf) {
+  while ((leaf >> level & 1) && leaf - (1 << level) >= first_leaf) leaf -= 1 << level++;
+  return {level, (leaf >> level & 1) != 0};
 }
 
 }  // namespace nf::attn

@@ -43,6 +43,10 @@ STABLE_TORCH_LIBRARY(nemotron_fast, m) {
       "attention(Tensor(a!) out, Tensor q, Tensor k_cache, Tensor v_cache, Tensor page_table, Tensor "
       "q_start, "
       "Tensor kv_len, float softmax_scale, float k_scale, float v_scale) -> ()");
+  m.def(
+      "decode_attention(Tensor(a!) out, Tensor qkv, Tensor(b!) k_cache, Tensor(c!) v_cache, Tensor cos_sin, "
+      "Tensor page_table, Tensor q_start, Tensor kv_len, float softmax_scale, float k_scale, float v_scale, "
+      "Tensor? out_scale) -> ()");
 
   m.def(
       "penalize(Tensor(a!) logits, Tensor output_counts, Tensor in_prompt, Tensor presence, Tensor "

@@ -17,7 +17,8 @@ class Batch:
     """What the model reads.
 
     A page may be in the tables of several sequences, also of the one whose tokens of this step fill it: in each
-    block the KV of all tokens is appended before any attention.
+    block the KV of all tokens is appended before any attention. Only if it `decodes` does no sequence attend to what
+    another computes in this step (Scheduler._plan), so that one kernel may append and attend.
     """
 
     token_ids: Tensor  # [T] int64
@@ -27,6 +28,7 @@ class Batch:
     q_start: Tensor  # [S + 1] int64, first token of each sequence
     kv_len: Tensor  # [S] int64, cached tokens including this step's
     logit_rows: Tensor  # [R] int64, tokens whose logits are wanted: the sampled ones first, then prompt_rows
+    decodes: bool  # every sequence computes one token: its last
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,10 @@ class Rows:
     logit_rows: list[int] = field(default_factory=list)
     sampled: list[Request] = field(default_factory=list)  # one per leading row of logit_rows
     prompt_rows: list[PromptRows] = field(default_factory=list)
+
+    @property
+    def decodes(self) -> bool:
+        return len(self.token_ids) == len(self.kv_len)
 
 
 def gather_rows(chunks: list[Chunk], num_seqs: int) -> Rows:

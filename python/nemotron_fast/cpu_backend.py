@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nemotron_fast import _C, packing, reference  # noqa: F401  (_C defines the schemas)
+from nemotron_fast import _C, packing, reference, reference_sampling  # noqa: F401  (_C defines the schemas)
 from nemotron_fast.reference import RowStats
 
 
@@ -45,7 +45,7 @@ def _returns_rows_and_scales(function: Callable[..., tuple[Tensor, Tensor]]) -> 
 def _top_logprobs(
     chosen: Tensor, rank: Tensor, top_values: Tensor, top_ids: Tensor, logits: Tensor, tokens: Tensor
 ) -> None:
-    results = reference.top_logprobs(logits, tokens, top_values.shape[1])
+    results = reference_sampling.top_logprobs(logits, tokens, top_values.shape[1])
     for out, result in zip((chosen, rank, top_values, top_ids), results, strict=True):
         _write(out, result)
 
@@ -125,8 +125,9 @@ _KERNELS = {
     "silu_mul": _returns(reference.silu_mul),
     "rope_append": reference.rope_append,
     "attention": _returns(reference.attention),
-    "penalize": reference.penalize,
-    "sample": _returns(reference.sample),
+    "decode_attention": _returns(reference.decode_attention),
+    "penalize": reference_sampling.penalize,
+    "sample": _returns(reference_sampling.sample),
     "top_logprobs": _top_logprobs,
 }
 OP_NAMES = tuple(_KERNELS)

@@ -64,11 +64,20 @@ class Inputs:
     q_start: Tensor
     kv_len: Tensor
     logit_rows: Tensor
+    decodes: bool
     sampling: SamplingRows
 
     def batch(self) -> Batch:
-        token_ids = self.feed.gather(0, self.sources)
-        return Batch(token_ids, self.positions, self.slots, self.page_table, self.q_start, self.kv_len, self.logit_rows)
+        return Batch(
+            self.feed.gather(0, self.sources),
+            self.positions,
+            self.slots,
+            self.page_table,
+            self.q_start,
+            self.kv_len,
+            self.logit_rows,
+            self.decodes,
+        )
 
 
 class Executor:
@@ -107,7 +116,7 @@ class Executor:
         rows = gather_rows(chunks, self._max_num_seqs)
         sampled = rows.sampled
         num_rows = len(sampled)
-        if self._scratch_page is not None and num_rows == len(chunks) == len(rows.token_ids):
+        if self._scratch_page is not None and rows.decodes and num_rows == len(chunks):
             size = padded_size(self._sizes, num_rows)
             inputs = self._load_padded(rows, size)
             logits_RV = self._replay(size, inputs)
@@ -184,13 +193,16 @@ class Executor:
             q_start,
             kv_len,
             logit_rows,
+            rows.decodes,
             SamplingRows(*sampling),
         )
 
     def _load_padded(self, rows: Rows, size: int) -> Inputs:
-        """A step of one token per sequence, with rows of token 0 in the scratch page up to `size`.
+        """A step of one token per sequence, with rows of token 0 in the scratch page up to `size`: each writes the same
+        KV to that page's first slot, and attends to nothing else.
 
-        The tensors are the same memory for the same size.
+        The tensors are the same memory for the same size. What decode_attention reads before the kernels ahead of it
+        have finished is written here, outside of the graph.
         """
         room, extra = self._max_num_seqs, size - len(rows.sampled)
         scratch = self._scratch_page
@@ -218,6 +230,7 @@ class Executor:
             self._count[: size + 1],
             kv_len,
             self._count[:size],
+            True,
             SamplingRows(*sampling),
         )
 

@@ -33,7 +33,8 @@ class LLM:
         model: a checkpoint folder, or "demo" for the model inside the package.
         device: "auto" (a GPU whose kernels are proven, else the CPU), "cpu" or "cuda".
         dtype: type of the activations and unquantised weights; "auto" = the checkpoint's.
-        quantize: "fp8" quantises the linears of a BF16, FP16 or FP32 checkpoint while loading.
+        quantize: "fp8" quantises the linears of a BF16, FP16 or FP32 checkpoint while loading; "fp8-static" gives
+            random weights the layout of NVIDIA's FP8 checkpoints, static scales of activations among it.
         kv_dtype: type of the KV cache; "auto" = FP8 if the checkpoint says so, else `dtype`.
         max_model_len: tokens of one sequence; None = what the model and the memory allow.
         max_num_seqs: sequences that run at once.
@@ -45,7 +46,8 @@ class LLM:
         tensor_parallel_size: only 1 is supported so far.
         generation_config: "auto" uses the checkpoint's sampling defaults and says so once on stderr; "none" does not.
         cuda_graphs: replay decode steps as CUDA graphs, on a GPU.
-        random_weights: random numbers in place of the checkpoint's weights; `model` may be a bare config.json.
+        random_weights: random numbers in place of the checkpoint's weights; `model` may be a bare config.json, whose
+            quantization_config counts.
 
     Raises:
         ConfigError, CheckpointError, CapacityError, DeviceError, RequestError: see nemotron_fast.errors.

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from nemotron_fast.config import ModelConfig
+from nemotron_fast.config import ModelConfig, read_config_json
 from nemotron_fast.device import DTYPES, free_bytes, resolve_dtype
 from nemotron_fast.errors import CapacityError, CheckpointError, RequestError
 from nemotron_fast.footprint import weight_bytes
@@ -18,7 +18,7 @@ from nemotron_fast.generation_defaults import GenerationDefaults, read_generatio
 from nemotron_fast.models import resolve_model
 from nemotron_fast.packed_weights import pack_weights
 from nemotron_fast.progress import progress_bar
-from nemotron_fast.quant_config import read_quant_config
+from nemotron_fast.quant_config import FP8_STATIC, MODELOPT_FP8, parse_quant_config, read_quant_config
 from nemotron_fast.random_weights import random_weights
 from nemotron_fast.tokenizer import Tokenizer
 from nemotron_fast.weights import ModelWeights, load_weights
@@ -47,19 +47,20 @@ def load_model(
 ) -> LoadedModel:
     """Read a checkpoint; the small files first, so that what is wrong is known before the weights are touched.
 
-    With `random` the weights are random and `model` may be a bare config.json. Without `use_defaults` only the
-    end-of-sequence ids of generation_config.json count.
+    With `random` the weights are random, in the types that the config or `quantize` names, and `model` may be a bare
+    config.json. Without `use_defaults` only the end-of-sequence ids of generation_config.json count.
 
     Raises:
         CheckpointError, ConfigError, CapacityError, RequestError.
     """
-    if quantize not in (None, "fp8"):
-        raise RequestError(f"quantize={quantize!r}, want 'fp8' or None")
+    _check_quantize(quantize, random)
     is_file = random and Path(model).is_file()
     folder = Path(model).parent if is_file else resolve_model(model)
     config = ModelConfig.from_path(model if is_file else folder)
     torch_dtype = resolve_dtype(dtype, config.dtype, DTYPES, "dtype")
-    quant = None if random else read_quant_config(folder)
+    quant = parse_quant_config(read_config_json(model)) if is_file else read_quant_config(folder)
+    if quantize == FP8_STATIC:
+        quant, quantize = MODELOPT_FP8, None
     defaults = GenerationDefaults() if is_file else read_generation_defaults(folder, sampling=use_defaults)
     has_text = not is_file and (folder / "tokenizer.json").exists()
     tokenizer = Tokenizer.from_folder(folder) if has_text else None
@@ -77,13 +78,23 @@ def load_model(
         raise RequestError(f"dtype={dtype_name!r} on a GPU, want 'bfloat16': the kernels compute in it")
     options = {"device": device, "dtype": torch_dtype, "quantize": quantize}
     if random:
-        weights = random_weights(config, **options)
+        weights = random_weights(config, quant, **options)
     else:
         with progress_bar("loading", needed, show=sys.stderr.isatty() and needed > LONG_LOAD_BYTES) as update:
             weights = load_weights(folder, config, quant, progress=lambda done, _: update(done, 0), **options)
     if device.type == "cuda":
         weights = pack_weights(weights)
     return LoadedModel(config, weights, tokenizer, defaults, dtype_name, quant is not None and quant.kv_cache_fp8)
+
+
+def _check_quantize(quantize: str | None, random: bool) -> None:
+    if quantize not in (None, "fp8", FP8_STATIC):
+        raise RequestError(f"quantize={quantize!r}, want 'fp8', '{FP8_STATIC}' (of random weights) or None")
+    if quantize == FP8_STATIC and not random:
+        raise RequestError(
+            f"quantize='{FP8_STATIC}' is for random weights only, because static scales of activations need a "
+            "calibration; give a checkpoint that NVIDIA ModelOpt has quantised, or use quantize='fp8'"
+        )
 
 
 def _require_room(needed: int, device: torch.device) -> None:

@@ -12,7 +12,7 @@ from nemotron_fast.config import ModelConfig
 from nemotron_fast.kv_cache import KVCache
 from nemotron_fast.packed_weights import PackedWeight
 from nemotron_fast.packing import make_workspace
-from nemotron_fast.residual import FEW_TOKENS, Residual, RowStatsResidual, quantize, run_linear
+from nemotron_fast.residual import FEW_TOKENS, Residual, RowStatsResidual, given_scale, quantize, run_linear
 from nemotron_fast.rope import rope_table
 from nemotron_fast.weights import AttentionWeights, LinearBlockWeights, MLPWeights, ModelWeights
 
@@ -54,19 +54,15 @@ class Model:
         return Residual(rows_TE, eps, self._workspace)
 
     def _attention(self, qkv_TX: Tensor, block: AttentionWeights, kv_slot: int, batch: Batch, cache: KVCache) -> Tensor:
-        """The heads' outputs [T, H * D]."""
+        """The heads' outputs [T, H * D]; e4m3 at once in a decode step, where block.o has a given scale."""
         k_cache, v_cache = cache.keys[kv_slot], cache.values[kv_slot]
         num_kv, dim = k_cache.shape[1], k_cache.shape[3]
-        scales = {"k_scale": block.k_scale, "v_scale": block.v_scale}
-        ops.rope_append(qkv_TX, k_cache, v_cache, self._cos_sin, batch.positions, batch.slots, **scales)
-        out_THD = ops.attention(
-            qkv_TX.view(len(qkv_TX), -1, dim)[:, : -2 * num_kv],
-            k_cache,
-            v_cache,
-            batch.page_table,
-            batch.q_start,
-            batch.kv_len,
-            softmax_scale=dim**-0.5,
-            **scales,
-        )
-        return out_THD.flatten(1)
+        sequences = (batch.page_table, batch.q_start, batch.kv_len)
+        scales = {"softmax_scale": dim**-0.5, "k_scale": block.k_scale, "v_scale": block.v_scale}
+        if batch.decodes:
+            scales["out_scale"] = given_scale(block.o)
+            return ops.decode_attention(qkv_TX, k_cache, v_cache, self._cos_sin, *sequences, **scales).flatten(1)
+        slots = (self._cos_sin, batch.positions, batch.slots)
+        ops.rope_append(qkv_TX, k_cache, v_cache, *slots, k_scale=block.k_scale, v_scale=block.v_scale)
+        q_THD = qkv_TX.unflatten(1, (-1, dim))[:, : -2 * num_kv]
+        return ops.attention(q_THD, k_cache, v_cache, *sequences, **scales).flatten(1)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from nemotron_fast import cpu_backend, packing, reference  # noqa: F401  (cpu_backend registers the CPU kernels)
+from nemotron_fast.sampling_ops import penalize, sample, top_logprobs  # noqa: F401
 
 RowStats = reference.RowStats
 
@@ -248,44 +249,31 @@ def attention(
     return out
 
 
-def penalize(
-    logits: Tensor, output_counts: Tensor, in_prompt: Tensor, presence: Tensor, frequency: Tensor, repetition: Tensor
-) -> None:
-    """Apply penalties to logits [S, V] float32 in place.
-
-    output_counts [S, V] int32, in_prompt [S, V] bool, the three penalties [S] float32.
-    """
-    _ops.penalize.default(logits, output_counts, in_prompt, presence, frequency, repetition)
-
-
-def sample(
-    logits: Tensor,
-    temperature: Tensor,
-    top_k: Tensor,
-    top_p: Tensor,
-    min_p: Tensor,
-    seed: Tensor,
-    step: Tensor,
+def decode_attention(
+    qkv: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    cos_sin: Tensor,
+    page_table: Tensor,
+    q_start: Tensor,
+    kv_len: Tensor,
     *,
+    softmax_scale: float,
+    k_scale: float = 1.0,
+    v_scale: float = 1.0,
+    out_scale: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """out [S] int64: one token per row of logits [S, V] float32.
+    """rope_append, then attention, of steps with at most 8 new tokens a sequence; out is e4m3 if there is an out_scale.
 
-    temperature, top_p, min_p [S] float32; top_k [S] int32 (0 = off); seed, step [S] int64.
+    qkv [T, (H + 2K) D] is unrotated and stays so. A token's position is its index in its sequence, its slot is where
+    page_table has that position. out_scale [1] float32: out is quantize_fp8 of the attention.
     """
     if out is None:
-        out = torch.empty(logits.shape[0], dtype=torch.int64, device=logits.device)
-    _ops.sample.default(out, logits, temperature, top_k, top_p, min_p, seed, step)
+        dim = k_cache.shape[3]
+        num_heads = qkv.shape[1] // dim - 2 * k_cache.shape[1]
+        dtype = qkv.dtype if out_scale is None else reference.FP8
+        out = torch.empty(qkv.shape[0], num_heads, dim, dtype=dtype, device=qkv.device)
+    scales = (softmax_scale, k_scale, v_scale, out_scale)
+    _ops.decode_attention.default(out, qkv, k_cache, v_cache, cos_sin, page_table, q_start, kv_len, *scales)
     return out
-
-
-def top_logprobs(logits: Tensor, tokens: Tensor, num_top: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(logprob [S], rank [S] int64, top values [S, num_top], top ids [S, num_top] int64) of logits [S, V] float32."""
-    size, device = logits.shape[0], logits.device
-    chosen = torch.empty(size, dtype=torch.float32, device=device)
-    rank = torch.empty(size, dtype=torch.int64, device=device)
-    width = max(num_top, 1)  # a kernel writes at least one column
-    values = torch.empty(size, width, dtype=torch.float32, device=device)
-    ids = torch.empty(size, width, dtype=torch.int64, device=device)
-    _ops.top_logprobs.default(chosen, rank, values, ids, logits, tokens)
-    return chosen, rank, values[:, :num_top], ids[:, :num_top]

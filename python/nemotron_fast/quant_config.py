@@ -35,6 +35,8 @@ class Fp8Scheme:
     activation: Literal["static", "dynamic"]  # one stored scale, or one computed per token
 
 
+FP8_STATIC = "fp8-static"  # the name of MODELOPT_FP8 where options choose how to quantise
+
 Rule = tuple[str, Fp8Scheme]  # target pattern -> scheme
 _ALGORITHMS = {
     "FP8": Fp8Scheme("tensor", "static"),
@@ -69,6 +71,10 @@ class QuantConfig:
         by_name = [s for target, s in self.rules if target != "Linear" and matches(target, module_name)]
         by_class = [s for target, s in self.rules if target == "Linear"]
         return next(iter(by_name + by_class), None)
+
+
+# The layout of NVIDIA's own FP8 checkpoints.
+MODELOPT_FP8 = QuantConfig(MODELOPT, False, (("*", _ALGORITHMS["FP8"]),), ("lm_head",))
 
 
 def read_quant_config(folder: str | Path) -> QuantConfig | None:

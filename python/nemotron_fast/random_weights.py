@@ -7,15 +7,20 @@ import torch
 from torch import Tensor
 
 from nemotron_fast.config import ModelConfig
+from nemotron_fast.footprint import scheme_of
 from nemotron_fast.param_loader import FP8, LinearWeight
+from nemotron_fast.quant_config import Fp8Scheme, QuantConfig
 from nemotron_fast.sharding import Param, param_plan
 from nemotron_fast.weights import ModelWeights, assemble
 
 CHUNK_ELEMENTS = 1 << 26  # made at a time in float32: 256 MB beyond the weights
+PER_TOKEN = Fp8Scheme("tensor", "dynamic")  # what quantize="fp8" makes of a linear here
+INPUT_SCALE = 2**-4  # static: e4m3 then ends at 28, beyond what rows near 1 and the products of an FFN reach
 
 
 def random_weights(
     config: ModelConfig,
+    quant: QuantConfig | None = None,
     *,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.bfloat16,
@@ -25,22 +30,32 @@ def random_weights(
     seed: int = 0,
 ) -> ModelWeights:
     """Weights of `config` for one rank: norms are 1, matrices normal with the variance that keeps activations
-    near 1. With quantize="fp8" the linears are e4m3 with one weight scale and per-token activations.
+    near 1. What `quant` says is e4m3 is so, in its layout; with quantize="fp8" all linears are, with one weight scale
+    and per-token activations where `quant` says nothing.
     """
     generator = torch.Generator(device).manual_seed(seed)
-    loaded = {p.name: _make(p, generator, dtype, quantize == "fp8") for p in param_plan(config, rank, size)}
+    loaded = {}
+    for param in param_plan(config, rank, size):
+        scheme = scheme_of(quant, param, param.pieces[0])
+        if scheme is None and quantize == "fp8" and param.kind == "linear":
+            scheme = PER_TOKEN
+        loaded[param.name] = _make(param, generator, dtype, scheme)
     return assemble(config, loaded, lambda layer, which: 1.0)
 
 
-def _make(param: Param, generator: torch.Generator, dtype: torch.dtype, to_fp8: bool) -> LinearWeight:
+def _make(param: Param, generator: torch.Generator, dtype: torch.dtype, scheme: Fp8Scheme | None) -> LinearWeight:
     device = generator.device
     if param.kind == "norm":
         return LinearWeight(torch.ones(param.shape, dtype=dtype, device=device))
     deviation = 1.0 if param.kind == "embed" else param.shape[1] ** -0.5
-    if param.kind != "linear" or not to_fp8:
+    if scheme is None:
         return LinearWeight(_normal(param, generator, dtype, deviation))
-    scale = torch.full((1,), deviation, dtype=torch.float32, device=device)
-    return LinearWeight(_normal(param, generator, FP8, 1.0), scale)
+    num_scales = 1 if scheme.weight == "tensor" else param.shape[0]
+    scale = torch.full((num_scales,), deviation, dtype=torch.float32, device=device)
+    input_scale = None
+    if scheme.activation == "static":
+        input_scale = torch.full((1,), INPUT_SCALE, dtype=torch.float32, device=device)
+    return LinearWeight(_normal(param, generator, FP8, 1.0), scale, input_scale)
 
 
 def _normal(param: Param, generator: torch.Generator, dtype: torch.dtype, deviation: float) -> Tensor:

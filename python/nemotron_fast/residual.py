@@ -41,7 +41,7 @@ class Residual:
         return self._linear(x, x_scale, linear)
 
     def add(self, x: Tensor, linear: Linear, next_norm: Tensor) -> None:
-        """rows += linear(x)."""
+        """rows += linear(x); x may be e4m3 by the linear's given scale already."""
         self.add_delta(self._linear(*quantize(x, linear), linear), next_norm)
 
     def add_mlp(self, block: MLPWeights, next_norm: Tensor) -> None:
@@ -83,7 +83,7 @@ class Residual:
 
     def _packed_swiglu(self, x: Tensor, x_scale: Tensor | None, block: MLPWeights) -> Tensor:
         gate_up = block.gate_up
-        scales = {"x_scale": x_scale, "weight_scale": gate_up.weight_scale, "out_scale": _given_scale(block.down)}
+        scales = {"x_scale": x_scale, "weight_scale": gate_up.weight_scale, "out_scale": given_scale(block.down)}
         return ops.packed_swiglu(x, gate_up.packed, gate_up.num_rows // 2, self._workspace, **scales)
 
 
@@ -111,7 +111,7 @@ class RowStatsResidual:
         if down.weight_scale is not None and down.input_scale is None:
             blocks = -(-gate_up.num_rows // BLOCK_ROWS)
             stats = torch.empty(len(x), blocks, 2, device=x.device)
-        args |= {"out_scale": _given_scale(down), "out_stats": stats}
+        args |= {"out_scale": given_scale(down), "out_stats": stats}
         h = ops.packed_swiglu(x, gate_up.packed, gate_up.num_rows // 2, self._workspace, **args)
         self._add(h, None if stats is None else RowStats(stats), down, next_norm)
 
@@ -154,6 +154,6 @@ def quantize(x: Tensor, linear: Linear) -> tuple[Tensor, Tensor | None]:
     return x if x.dtype == reference.FP8 else ops.quantize_fp8(x, scale), scale
 
 
-def _given_scale(linear: Linear) -> Tensor | None:
+def given_scale(linear: Linear) -> Tensor | None:
     """The scale [1] by which a kernel can write e4m3 for `linear` at once."""
     return None if linear.weight_scale is None else linear.input_scale

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// The split of decode attention, emulated: every CTA walks its part of the line of pages, merges and emits as
-// the kernel does, and the last arriver of a shared pair merges what it finds. A leaf's value is a hash of
-// the pages in it and merging hashes two values, so that equal results mean equal trees: the same with 1 and
-// with 528 CTAs, alone and in a batch.
+// The split of decode attention, emulated: every CTA walks its part of the line of pages, merges and leaves
+// subtrees as the kernel does, and the owner of a shared pair merges what it finds. A leaf's value is a hash
+// of the pages in it and merging hashes two values, so that equal results mean equal trees: the same with 1
+// and with 528 CTAs, alone and in a batch.
 #include <algorithm>
 #include <map>
 #include <random>
@@ -25,43 +25,33 @@ struct Emulation {
   int batch_level;  // of merging partials: 2^batch_level leaves at a time
 
   struct Stack {
-    Hash value[kGroupLevel + 1];
+    Hash value[kLevels];
     uint32_t pending = 0;
+
+    void put(int level, Hash v) {
+      EXPECT_EQ(level < kLevels, true);
+      EXPECT_EQ(pending >> level & 1, 0u);
+      value[level] = v;
+      pending |= 1u << level;
+    }
+    Hash take(int level) {
+      EXPECT_EQ(pending >> level & 1, 1u);
+      pending &= ~(1u << level);
+      return value[level];
+    }
+    Hash merge_all(Hash v) {
+      for (int l = 0; l < kLevels; ++l)
+        if (pending >> l & 1) v = merge(take(l), v);
+      return v;
+    }
   };
   std::map<std::pair<int, int>, Hash> partials;  // (CTA, index)
   std::vector<Hash> results;                     // of each pair
   std::vector<int64_t> pages_done;               // of each CTA
 
-  // As Pair::push of the kernel.
-  bool push(Stack& stack, Hash& value, int leaf, int first_leaf, bool whole, bool is_last, int cta,
-            int* emitted) {
-    const Push plan = plan_push(leaf, 0, first_leaf, whole);
-    for (int l = 0; l < plan.merged_level; ++l) {
-      EXPECT_EQ(stack.pending >> l & 1, 1u);
-      value = merge(stack.value[l], value);
-      stack.pending &= ~(1u << l);
-    }
-    if (whole && is_last) {
-      for (int l = 0; l <= kGroupLevel; ++l)
-        if (stack.pending >> l & 1) value = merge(stack.value[l], value);
-      stack.pending = 0;
-      return true;
-    }
-    if (plan.emit) {
-      emit(value, first_leaf, cta, emitted);
-    } else {
-      EXPECT_EQ(stack.pending >> plan.merged_level & 1, 0u);
-      stack.value[plan.merged_level] = value;
-      stack.pending |= 1u << plan.merged_level;
-    }
-    return false;
-  }
-
-  void emit(Hash value, int first_leaf, int cta, int* emitted) {
-    EXPECT_EQ(*emitted < (first_leaf > 0 ? kPartialsOfFirst : kPartialsOfLast), true);
-    const bool is_new =
-        partials.emplace(std::pair(cta, partial_index(first_leaf, (*emitted)++)), value).second;
-    EXPECT_EQ(is_new, true);
+  void leave(Hash value, int cta, int* num_left) {
+    EXPECT_EQ(*num_left < kPartialsPerCta, true);
+    EXPECT_EQ(partials.emplace(std::pair(cta, (*num_left)++), value).second, true);
   }
 
   void run() {
@@ -79,44 +69,60 @@ struct Emulation {
   }
 
   Hash run_pair(int tile, int64_t begin, int64_t W, int leaf_size, int num_leaves) {
-    const auto owner = [&](int leaf) { return owner_of(begin + int64_t(leaf) * leaf_size, W, num_ctas); };
+    const auto cta_of = [&](int leaf) { return owner_of(begin + int64_t(leaf) * leaf_size, W, num_ctas); };
     const auto value_of = [&](int leaf) { return Hash(tile) << 40 | Hash(leaf) << 20 | Hash(leaf_size); };
     for (int leaf = 0; leaf < num_leaves; ++leaf) {
       const int64_t at = begin + int64_t(leaf) * leaf_size;
-      const int cta = owner(leaf);
+      const int cta = cta_of(leaf);
       EXPECT_EQ(part_begin(cta, W, num_ctas) <= at && at < part_begin(cta + 1, W, num_ctas), true);
       pages_done[cta] += std::min(leaf_size, pages[tile] - leaf * leaf_size);
     }
+    Stack of_owner;
     for (int first = 0; first < num_leaves;) {  // the CTAs that share the pair, one after another
-      const int cta = owner(first);
+      const int cta = cta_of(first);
       int last = first;
-      while (last + 1 < num_leaves && owner(last + 1) == cta) ++last;
-      const bool whole = first == 0 && last + 1 == num_leaves;
+      while (last + 1 < num_leaves && cta_of(last + 1) == cta) ++last;
       Stack stack;
-      int emitted = 0;
-      for (int leaf = first; leaf <= last; ++leaf) {
+      int num_left = 0;
+      for (int leaf = first; leaf <= last; ++leaf) {  // as Pair::push of the kernel
         Hash value = value_of(leaf);
-        if (push(stack, value, leaf, first, whole, leaf == last, cta, &emitted)) return value;
+        const Push plan = plan_push(leaf, 0, first);
+        for (int l = 0; l < plan.merged_level; ++l) value = merge(stack.take(l), value);
+        if (leaf + 1 == num_leaves && first == 0) return stack.merge_all(value);
+        if (plan.leaves)
+          leave(value, cta, &num_left);
+        else
+          stack.put(plan.merged_level, value);
       }
-      for (int level = kGroupLevel; level >= 0; --level)
-        if (stack.pending >> level & 1) emit(stack.value[level], first, cta, &emitted);
+      if (first == 0) {
+        of_owner = stack;
+      } else {
+        for (int level = kLevels - 1; level >= 0; --level)
+          if (stack.pending >> level & 1) leave(stack.take(level), cta, &num_left);
+      }
       first = last + 1;
     }
+    return collect(of_owner, cta_of, num_leaves);
+  }
 
-    // The last arriver: what a lane of the warp finds out about its leaf.
+  // The owner, as Pair::collect: what a lane of the warp finds out about its leaf, then a batch's part of the
+  // tree, then the stack, on which its own subtrees wait already.
+  template <class F>
+  Hash collect(Stack stack, F&& cta_of, int num_leaves) {
     const auto level_of = [&](int leaf) {
       int level = 0;
-      for (int l = 1; l <= kGroupLevel; ++l) {
+      for (int l = 1; l <= kLevels; ++l) {
         const int low = leaf >> l << l, high = low + (1 << l) - 1;
-        if (high < num_leaves && owner(low) == owner(high)) level = l;
+        if (high < num_leaves && cta_of(low) == cta_of(high)) level = l;
       }
       return level;
     };
     const auto is_start = [&](int leaf) { return leaf >> level_of(leaf) << level_of(leaf) == leaf; };
-    const auto partial_of = [&](int leaf) {
+    const auto subtree_of = [&](int leaf) {
+      if (cta_of(leaf) == cta_of(0)) return stack.take(level_of(leaf));
       int first = leaf, ordinal = 0;
-      while (first > 0 && owner(first - 1) == owner(leaf)) ordinal += is_start(--first);
-      const auto found = partials.find({owner(leaf), partial_index(first, ordinal)});
+      while (cta_of(first - 1) == cta_of(leaf)) ordinal += is_start(--first);
+      const auto found = partials.find({cta_of(leaf), ordinal});
       EXPECT_EQ(found != partials.end(), true);
       const Hash value = found->second;
       partials.erase(found);
@@ -126,44 +132,32 @@ struct Emulation {
       while (leaf < num_leaves && !is_start(leaf)) ++leaf;
       return leaf < num_leaves;
     };
-    // A batch's part of the tree, then the stack, as Pair::merge_partials.
-    Stack stack;
     const int batch = 1 << batch_level;
     for (int first = 0; first < num_leaves; first += batch) {
       if (!is_start(first)) continue;  // part of a subtree that began before
       std::vector<Hash> value(batch);
       const auto present = [&](int i) { return first + i < num_leaves && is_start(first + i); };
       for (int i = 0; i < batch; ++i)
-        if (present(i)) value[i] = partial_of(first + i);
+        if (present(i)) value[i] = subtree_of(first + i);
       for (int step = 1; step < batch; step *= 2) {
         for (int i = 0; i < batch; i += 2 * step)
           if (present(i + step)) value[i] = merge(value[i], value[i + step]);
       }
       // Whole unless it is the last; the last merges with all that is pending, whatever its size.
       const int level = std::max(batch_level, level_of(first));
-      const Push plan = plan_push(first, level, 0, true);
-      for (int l = level; l < plan.merged_level; ++l) {
-        EXPECT_EQ(stack.pending >> l & 1, 1u);
-        value[0] = merge(stack.value[l], value[0]);
-        stack.pending &= ~(1u << l);
-      }
-      if (!any_start_from(first + batch)) {
-        for (int l = 0; l <= kGroupLevel; ++l)
-          if (stack.pending >> l & 1) value[0] = merge(stack.value[l], value[0]);
-        return value[0];
-      }
-      EXPECT_EQ(stack.pending >> plan.merged_level & 1, 0u);
-      stack.value[plan.merged_level] = value[0];
-      stack.pending |= 1u << plan.merged_level;
+      const Push plan = plan_push(first, level, 0);
+      for (int l = level; l < plan.merged_level; ++l) value[0] = merge(stack.take(l), value[0]);
+      if (!any_start_from(first + batch)) return stack.merge_all(value[0]);
+      stack.put(plan.merged_level, value[0]);
     }
-    throw std::runtime_error("the walk over the partials has no end");
+    throw std::runtime_error("the walk over the subtrees has no end");
   }
 };
 
 std::vector<Hash> results_of(const std::vector<int>& pages, int num_kv_heads, int num_ctas) {
   Emulation e{pages, num_kv_heads, num_ctas, num_ctas % 2 + 2, {}, {}, {}};
   e.run();
-  EXPECT_EQ(e.partials.size(), 0u);  // what was emitted was read
+  EXPECT_EQ(e.partials.size(), 0u);  // what was left was read
   int64_t W = 0, longest = 0;
   for (int n : pages) {
     W += int64_t(n) * num_kv_heads;
@@ -176,11 +170,15 @@ std::vector<Hash> results_of(const std::vector<int>& pages, int num_kv_heads, in
 
 void check_leaves() {
   EXPECT_EQ(leaf_pages(1, leaves_wanted(8)), 1);
+  EXPECT_EQ(leaf_pages(3, leaves_wanted(8)), 3);
+  EXPECT_EQ(leaf_pages(5, leaves_wanted(8)), 2);
   EXPECT_EQ(leaf_pages(32, leaves_wanted(8)), 2);     // 2048 tokens: 16 leaves in each of 8 heads, 128 in all
   EXPECT_EQ(leaf_pages(512, leaves_wanted(8)), 32);   // 32768 tokens: the longest with 16
   EXPECT_EQ(leaf_pages(2048, leaves_wanted(8)), 64);  // 131072 tokens: 32
   EXPECT_EQ(leaf_pages(2048, leaves_wanted(1)), 64);
-  EXPECT_EQ(leaf_pages(32, leaves_wanted(1)), 1);
+  EXPECT_EQ(leaf_pages(128, leaves_wanted(1)), 4);
+  for (int pages = 1; pages <= 5000; ++pages)
+    EXPECT_EQ(ceil_div(pages, leaf_pages(pages, 16)) <= kMaxLeaves, true);
 }
 
 void check_random_batches() {

@@ -69,3 +69,29 @@ def test_attention_takes_queries_as_a_strided_view():
     args = (*caches, torch.zeros(1, 1, dtype=torch.int64), torch.tensor([0, 3]), torch.tensor([10]))
     got, want = (ops.attention(q, *args, softmax_scale=0.125) for q in (view, view.contiguous()))
     assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, FP8])
+def test_decode_attention(dtype):
+    """As rope_append, attention and quantize_fp8; two new tokens on two pages, one, and none."""
+    H, K, D = 4, 2, 64
+    table = torch.tensor([[3, 0], [1, 1], [2, 2]])
+    q_start, kv_len = torch.tensor([0, 2, 3, 3]), torch.tensor([65, 7, 5])
+    qkv = torch.randn(3, (H + 2 * K) * D)
+    angles = torch.rand(70, D // 2) * 6
+    cos_sin = torch.cat((angles.cos(), angles.sin()), -1)
+    caches = [torch.randn(4, K, PAGE, D).to(dtype) for _ in "kv"]
+    scales = {"k_scale": 0.5, "v_scale": 0.25} if dtype == FP8 else {}
+    want_qkv, want_caches = qkv.clone(), [c.clone() for c in caches]
+    positions, slots = torch.tensor([63, 64, 6]), torch.tensor([3 * PAGE + 63, 0, PAGE + 6])
+    ops.rope_append(want_qkv, *want_caches, cos_sin, positions, slots, **scales)
+    rest = {"softmax_scale": D**-0.5, **scales}
+    want = ops.attention(want_qkv.view(3, -1, D)[:, :H], *want_caches, table, q_start, kv_len, **rest)
+    unchanged = qkv.clone()
+    got = ops.decode_attention(qkv, *caches, cos_sin, table, q_start, kv_len, **rest)
+    assert torch.equal(got, want) and torch.equal(qkv, unchanged)
+    for found, expected in zip(caches, want_caches, strict=True):
+        assert torch.equal(found.float(), expected.float())
+    out_scale = torch.tensor([0.01])
+    got = ops.decode_attention(qkv, *caches, cos_sin, table, q_start, kv_len, out_scale=out_scale, **rest)
+    assert torch.equal(got.float(), ops.quantize_fp8(want, out_scale).float())

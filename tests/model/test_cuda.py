@@ -5,8 +5,10 @@ import dataclasses
 
 import pytest
 import torch
+from modelopt import demo_checkpoint
 
 from nemotron_fast import LLM, SamplingParams
+from nemotron_fast.executor import Inputs
 
 pytestmark = pytest.mark.gpu
 
@@ -24,12 +26,24 @@ def assert_same_but_for_near_ties(found, want) -> None:
             return
 
 
-@pytest.fixture(scope="module", params=[None, "fp8"], ids=["bf16", "fp8"])
-def pair(request):
-    with (
-        LLM("demo", device="cuda", quantize=request.param) as gpu,
-        LLM("demo", device="cpu", quantize=request.param) as cpu,
-    ):
+@pytest.fixture(scope="module")
+def static_demo(tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("static")
+    demo_checkpoint(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module", params=["bf16", "fp8", "fp8 with given scales"])
+def options(request, static_demo) -> dict:
+    """Of an LLM."""
+    if request.param == "fp8 with given scales":
+        return {"model": static_demo}
+    return {"model": "demo", "quantize": None if request.param == "bf16" else "fp8"}
+
+
+@pytest.fixture(scope="module")
+def pair(options):
+    with LLM(**options, device="cuda") as gpu, LLM(**options, device="cpu") as cpu:
         yield gpu, cpu
 
 
@@ -48,11 +62,10 @@ def test_prompt_logprobs_equal_the_cpu_backend(pair):
         assert sum(errors) <= 0.06 * len(errors) and max(errors, default=0) <= 0.5, errors
 
 
-@pytest.mark.parametrize("quantize", [None, "fp8"])
-def test_a_sequence_has_the_same_bits_alone_and_in_a_batch(quantize):
+def test_a_sequence_has_the_same_bits_alone_and_in_a_batch(options):
     """In steps of at most 64 tokens: more take other linears."""
     params = SamplingParams(max_tokens=24, temperature=0.8, seed=3, logprobs=0, ignore_eos=True)
-    with LLM("demo", device="cuda", quantize=quantize, max_batched_tokens=64, prefix_caching=False) as llm:
+    with LLM(**options, device="cuda", max_batched_tokens=64, prefix_caching=False) as llm:
         alone = llm.generate(PROMPTS[0], params)[0].outputs[0]
         for size in (2, 7, 33):
             crowd = llm.generate([PROMPTS[0], *(PROMPTS[i % 4] for i in range(1, size))], params)[0].outputs[0]
@@ -60,13 +73,19 @@ def test_a_sequence_has_the_same_bits_alone_and_in_a_batch(quantize):
             assert [e.logprob for e in crowd.logprobs] == [e.logprob for e in alone.logprobs]
 
 
-def test_graphs_change_nothing():
-    params = SamplingParams(max_tokens=20, temperature=0, logprobs=0)
-    results = []
+@pytest.mark.parametrize("kv_dtype", ["bfloat16", "fp8"])
+def test_graphs_and_decode_attention_change_nothing(kv_dtype, options, monkeypatch):
+    """5 sequences run in 8 rows: three pad."""
+    params = SamplingParams(max_tokens=70, temperature=0, logprobs=0, ignore_eos=True)
+    batch, results = Inputs.batch, []
     for cuda_graphs in (True, False):
-        with LLM("demo", device="cuda", cuda_graphs=cuda_graphs) as llm:
-            results.append([r.outputs for r in llm.generate(PROMPTS, params)])
-    assert results[0] == results[1]
+        for decodes in (True, False):
+            monkeypatch.setattr(
+                Inputs, "batch", batch if decodes else lambda self: dataclasses.replace(batch(self), decodes=False)
+            )
+            with LLM(**options, device="cuda", kv_dtype=kv_dtype, cuda_graphs=cuda_graphs) as llm:
+                results.append([r.outputs for r in llm.generate([*PROMPTS, "A"], params)])
+    assert all(result == results[0] for result in results)
 
 
 def test_steps_in_flight_change_nothing(pair, monkeypatch):
@@ -104,7 +123,8 @@ def test_warm_up_changes_nothing():
 
 
 @pytest.mark.parametrize("kv_dtype", ["bfloat16", "fp8"])
-def test_random_weights_from_the_real_config_shrunk(kv_dtype, tmp_path):
+@pytest.mark.parametrize("quantize", ["fp8", "fp8-static"])
+def test_random_weights_from_the_real_config_shrunk(quantize, kv_dtype, tmp_path):
     """Every distinct width of Super-49B at a sixteenth of its depth, at its real hidden size."""
     import json
     from pathlib import Path
@@ -114,7 +134,7 @@ def test_random_weights_from_the_real_config_shrunk(kv_dtype, tmp_path):
     config["num_hidden_layers"] = len(config["block_configs"])
     path = tmp_path / "config.json"
     path.write_text(json.dumps(config))
-    options = {"random_weights": True, "quantize": "fp8", "kv_dtype": kv_dtype, "max_model_len": 2048}
+    options = {"random_weights": True, "quantize": quantize, "kv_dtype": kv_dtype, "max_model_len": 2048}
     with LLM(str(path), device="cuda", **options) as llm:
         params = SamplingParams(max_tokens=8, temperature=0, ignore_eos=True, logprobs=0)
         prompt = list(range(1000, 1300))

@@ -54,6 +54,7 @@ def logits_of(config: ModelConfig, weights: ModelWeights, num_tokens: int) -> Te
         q_start=torch.tensor([0, num_tokens]),
         kv_len=torch.tensor([num_tokens]),
         logit_rows=positions,
+        decodes=num_tokens == 1,
     )
     with torch.inference_mode():
         return Model(config, weights, 64).forward(batch, cache)

@@ -5,7 +5,7 @@ import random
 
 import torch
 
-from nemotron_fast import reference
+from nemotron_fast import reference_sampling
 from nemotron_fast.penalties import Penalties
 from nemotron_fast.request import Request, Status
 from nemotron_fast.sampling_params import NEUTRAL, SamplingParams
@@ -32,7 +32,7 @@ def expected(logits_SV: torch.Tensor, requests: list[Request]) -> torch.Tensor:
             in_prompt[request.prompt] = True
             p = request.params
             values = (torch.tensor([v]) for v in (p.presence_penalty, p.frequency_penalty, p.repetition_penalty))
-            reference.penalize(row_V[None], counts[None], in_prompt[None], *values)
+            reference_sampling.penalize(row_V[None], counts[None], in_prompt[None], *values)
         rows.append(row_V)
     return torch.stack(rows)
 

@@ -44,10 +44,16 @@ class Device:
     sampled: dict[int, int] = field(default_factory=dict)  # of the last step: request -> token
 
     def launch(self, chunks: list[Chunk]) -> dict[int, int]:
-        """Append the KV of all chunks, then let each read its own; the sampled tokens by request."""
-        for chunk in chunks:
+        """Append the KV of all chunks, then let each read its own; the sampled tokens by request.
+
+        In steps of one token each, none may need the KV of another's: it is not there yet.
+        """
+        decodes = all(c.stop - c.start == 1 for c in chunks)
+        read = [self.read(c.request, c.start) if decodes and c.start else 0 for c in chunks]
+        for chunk, state in zip(chunks, read, strict=True):
             request = chunk.request
-            state = self.read(request, chunk.start) if chunk.start else 0
+            if chunk.start and not decodes:
+                state = self.read(request, chunk.start)
             for position in range(chunk.start, chunk.stop):
                 if position < request.num_tokens:
                     (token,) = request.tokens(position, position + 1)

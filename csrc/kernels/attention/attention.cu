@@ -4,14 +4,12 @@
 
 namespace nf {
 
-int64_t attention_partial_floats() {
+int64_t attention_workspace_bytes() {
   int device, num_sms;
   NF_CUDA(cudaGetDevice(&device));
   NF_CUDA(cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, device));
-  constexpr int kLargest = attn::Config<__nv_bfloat16, false, 128, 2>::kPartialFloats;
-  return int64_t(num_sms) * attn::kCtasPerSm * attn::kPartialsPerCta * kLargest;
+  using Largest = attn::Partial<attn::Config<__nv_bfloat16, false, 128, 2>>;
+  return int64_t(num_sms) * attn::kMaxCtasPerSm * attn::kPartialsPerCta * int64_t(sizeof(Largest));
 }
-
-int64_t attention_counters() { return attn::kCounters; }
 
 }  // namespace nf

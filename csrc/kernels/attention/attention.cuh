@@ -6,7 +6,8 @@
 #include <climits>
 #include <string>
 
-#include "kernels/attention/kernel.cuh"
+#include "kernels/attention/append.cuh"
+#include "kernels/attention/fold.cuh"
 #include "kernels/common/check.h"
 #include "kernels/common/dispatch.h"
 #include "kernels/common/launch.h"
@@ -15,218 +16,312 @@ namespace nf {
 namespace attn {
 
 constexpr int kMaxTiles = 4096;
-constexpr int64_t kCounters = 1 << 16;  // pairs of a launch
-constexpr int kCtasPerSm = 2;
+constexpr int kMaxCtasPerSm = 2;
+// Up to so many pairs leave room for the next kernel on each SM: attention is short, or one CTA an SM reads
+// as fast as two.
+constexpr int kFewPairs = 32;
+
+template <class C>
+struct Smem {
+  alignas(128) uint8_t ring[C::kWarps][C::kSlots][C::kSlotBytes];
+  StackSmem<C> stack;
+  MeetingSmem<C> meeting;
+  int num_tiles;
+  alignas(16) Tile tiles[1];  // as many as the launch provides for, and one more
+};
 
 // Consecutive parts go to different SMs: the first half of a grid of two CTAs an SM fills all SMs, so it
-// takes the even parts. With few leaves only every second or so of the parts has one.
+// takes the even parts. With few leaves only every second or so of the parts has one. Owners wait for later
+// parts: these have lower indices, which start earlier.
 __device__ __forceinline__ int part_of_cta(const LaunchConfig& config) {
-  const int half = int(gridDim.x) / 2, cta = int(blockIdx.x);
-  if (!config.two_ctas_per_sm) return cta;
-  return cta < half ? 2 * cta : 2 * (cta - half) + 1;
+  const int last = int(gridDim.x) - 1, half = int(gridDim.x) / 2, cta = int(blockIdx.x);
+  if (!config.two_ctas_per_sm) return last - cta;
+  return last - (cta < half ? 2 * cta : 2 * (cta - half) + 1);
 }
 
-// What one CTA does with the leaves of a pair (tile, head).
+// What an owner must know of the other CTAs' subtrees: lane i of each warp looks at leaf i.
+struct Plan {
+  int num_leaves;
+  int part;         // whose leaf i is
+  int level;        // of the largest aligned subtree around leaf i that one CTA has
+  int index;        // of that subtree among those of its CTA
+  uint32_t starts;  // where such subtrees start
+
+  // Of the pair that has page `at` of the line.
+  __device__ __forceinline__ Plan(const Line& line, int at, int W) {
+    const int lane = threadIdx.x % kWarpSize, tile = line.tile_at(at);
+    const int pages = line.pages(tile), leaf_size = line.tiles[tile].leaf;
+    num_leaves = ceil_div(pages, leaf_size);
+    const int64_t begin = at - (at - line.pair_begin(tile, 0)) % pages;
+    part = lane < num_leaves ? owner_of(begin + int64_t(lane) * leaf_size, W, int(gridDim.x)) : -1;
+    level = 0;
+#pragma unroll
+    for (int l = 1; l <= kLevels; ++l) {
+      const int low = lane >> l << l, high = low + (1 << l) - 1;
+      const int a = __shfl_sync(kFullWarp, part, low), b = __shfl_sync(kFullWarp, part, high);
+      if (high < num_leaves && a == b) level = l;
+    }
+    starts = __ballot_sync(kFullWarp, lane < num_leaves && lane >> level << level == lane);
+    const uint32_t same = __match_any_sync(kFullWarp, part);
+    index = __popc(starts & same & ((1u << lane) - 1));
+  }
+};
+
+// What one CTA does with its leaves of a pair (tile, head).
 template <class C>
 struct Pair {
   const AttentionParams<typename C::Scalar>& p;
   const LaunchConfig& config;
   const Line& line;
-  Smem<C>& s;
   Stack<C> stack;
-  int part;        // the CTA's
-  Cursor at;       // the pair's tile and head
-  int first_leaf;  // of this CTA
-  bool whole;      // are all leaves this CTA's?
-  int num_emitted;
+  int part;            // the CTA's
+  int tile, head;      // the pair's
+  int first_leaf = 0;  // of this CTA
+  int num_left = 0;    // subtrees in memory
 
-  __device__ __forceinline__ float* partial(int of_part, int index) const {
-    return p.workspace.partials + (int64_t(of_part) * kPartialsPerCta + index) * C::kPartialFloats;
+  __device__ __forceinline__ Partial<C>& partial(int of_part, int index) const {
+    return static_cast<Partial<C>*>(p.workspace)[of_part * kPartialsPerCta + index];
+  }
+  __device__ __forceinline__ void leave(const State<C>& state) {
+    partial(part, num_left++).store(Parcel<C>(state));
   }
 
-  __device__ __forceinline__ void emit(const State<C>& state) {
-    float* to = partial(part, partial_index(first_leaf, num_emitted++));
-    store_state<C>(to, to + C::kStateFloats * C::kThreads, threadIdx.x < kWarpSize, state);
-  }
-
-  // Takes a leaf. True: `state` is the result of the whole pair.
-  __device__ __forceinline__ bool push(State<C>& state, int leaf, bool is_last) {
-    const Push plan = plan_push(leaf, 0, first_leaf, whole);
+  __device__ __forceinline__ void push(State<C>& state, int leaf) {
+    const Push plan = plan_push(leaf, 0, first_leaf);
     for (int level = 0; level < plan.merged_level; ++level) stack.merge_left(level, state);
-    if (whole && is_last) {
-      stack.merge_all(state);
-      return true;
-    }
-    if (plan.emit)
-      emit(state);
+    if (plan.leaves)
+      leave(state);
     else
       stack.put(plan.merged_level, state);
-    return false;
+  }
+
+  // All leaves are this CTA's, and `state` is the last.
+  __device__ __forceinline__ void finish(State<C>& state) {
+    stack.merge_all(state);
+    write(state);
+  }
+
+  // No more leaves of a pair that is another CTA's.
+  __device__ __forceinline__ void leave_rest() {
+    State<C> state;
+    for (int level = kLevels - 1; level >= 0; --level) {
+      if (!(stack.pending >> level & 1)) continue;
+      stack.take(level, state);
+      leave(state);
+    }
   }
 
   __device__ __forceinline__ void write(const State<C>& state) const {
-    const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize, g = lane / 4, q = lane % 4;
-    const Tile tile = line.tiles[at.tile];
-    const int num_queries = tile.queries;
+    const Tile tile = line.tiles[this->tile];
     const float v_scale = C::kFp8 ? p.v_scale : 1.0f;
 #pragma unroll
     for (int n = 0; n < C::kTilesN; ++n) {
+      const int row = n * 8 + int(threadIdx.x) / 16, query = config.query_of(row);
+      if (query >= int(tile.queries)) continue;
+      const float scale = state.l[n] > 0.0f ? v_scale / state.l[n] : 0.0f;
+      const int64_t at = (int64_t(tile.token) + query) * p.out_stride +
+                         (head * p.group + row - query * p.group) * C::kHeadDim + threadIdx.x % 16 * 4;
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const int row = n * 8 + 2 * q + i, query = config.query_of(row);
-        if (query >= num_queries) continue;
-        const float scale = state.l[n][i] > 0.0f ? v_scale / state.l[n][i] : 0.0f;
-        typename C::Scalar* to = p.out + (int64_t(tile.token) + query) * p.out_stride +
-                                 (at.head * p.group + row - query * p.group) * C::kHeadDim;
-#pragma unroll
-        for (int t = 0; t < C::kTilesM; ++t) {
-#pragma unroll
-          for (int half = 0; half < 2; ++half) {
-            const int d = (warp * C::kTilesM + t) * 16 + (C::kFp8 ? 2 * g + half : g + 8 * half);
-            to[d] = round_to<typename C::Scalar>(state.o[t][n][2 * half + i] * scale);
-          }
+      for (int i = 0; i < C::kParts; ++i) {
+        using Scalar = typename C::Scalar;
+        const float4 o = state.o[n][i];
+        const uint2 rounded{round_pair<Scalar>({o.x * scale, o.y * scale}),
+                            round_pair<Scalar>({o.z * scale, o.w * scale})};
+        if (p.out_scale == nullptr) {
+          *reinterpret_cast<uint2*>(static_cast<Scalar*>(p.out) + at + i * 64) = rounded;
+        } else {
+          const float out_scale = *p.out_scale;
+          const uint32_t low = divide_to_e4m3(widen_pair<Scalar>(rounded.x), out_scale),
+                         high = divide_to_e4m3(widen_pair<Scalar>(rounded.y), out_scale);
+          *reinterpret_cast<uint32_t*>(static_cast<char*>(p.out) + at + i * 64) = low | high << 16;
         }
       }
     }
   }
 
-  // This CTA has had its leaves of a pair that it shares, up to the end of leaf `last_leaf`: leaves its
-  // subtrees in memory, and merges all if it is the last to arrive.
-  __device__ __forceinline__ void leave(State<C>& state, int last_leaf, int64_t W) {
-    for (int level = kGroupLevel; level >= 0; --level) {
-      if (!(stack.pending >> level & 1)) continue;
-      stack.take(level, state);
-      emit(state);
-    }
-    const int leaf_size = line.tiles[at.tile].leaf, num_leaves = ceil_div(at.pages, leaf_size);
-    int* counter = &p.workspace.counters[at.tile * line.num_kv_heads + at.head];
-    __syncthreads();  // all threads' partials are written
-    if (threadIdx.x == 0) {
-      const int num_done = last_leaf + 1 - first_leaf;
-      __threadfence();  // the partials are visible before the arrival is
-      s.arrived = atomicAdd(counter, num_done) + num_done;
-      __threadfence();  // the others' partials are read after their arrivals
-    }
-    __syncthreads();  // `arrived` is known
-    if (s.arrived != num_leaves) return;
-    if (threadIdx.x == 0) *counter = 0;  // for the next launch
-    merge_partials(leaf_size, num_leaves, W);
-  }
-
-  __device__ __forceinline__ void merge_partials(int leaf_size, int num_leaves, int64_t W) {
-    // Lane i looks at leaf i: the largest aligned subtree around it that one CTA has.
-    const int lane = threadIdx.x % kWarpSize;
-    const int64_t begin = line.pair_begin(at.tile, at.head);
-    const int owner = lane < num_leaves ? owner_of(begin + int64_t(lane) * leaf_size, W, int(gridDim.x)) : -1;
-    int level = 0;
-#pragma unroll
-    for (int l = 1; l <= kGroupLevel; ++l) {
-      const int low = lane >> l << l, high = low + (1 << l) - 1;
-      const int a = __shfl_sync(kFullWarp, owner, low), b = __shfl_sync(kFullWarp, owner, high);
-      if (high < num_leaves && a == b) level = l;
-    }
-    const uint32_t starts = __ballot_sync(kFullWarp, lane < num_leaves && lane >> level << level == lane);
-    const uint32_t same = __match_any_sync(kFullWarp, owner);
-    const int index = partial_index(__ffs(int(same)) - 1, __popc(starts & same & ((1u << lane) - 1)));
-
+  // This CTA owns the pair, has had its leaves and waits for the other CTAs' subtrees. They are later parts
+  // and wait for nothing before they leave these; all CTAs of a launch are resident at once, and the next
+  // launch's come after them: so the wait ends. (After a launch that failed half-way the workspace must be
+  // filled anew.)
+  __device__ __forceinline__ void collect(const Plan& plan) {
     // A batch's part of the tree is in registers: a subtree lies where its first leaf would, what its other
     // leaves would fill is empty. All loads of a batch are under way before the first is used. The stack
     // merges the batches.
-    constexpr int kBatchLevel = C::kStateFloats >= 16 ? 2 : 3,
-                  kBatch = 1 << kBatchLevel;  // what registers allow
+    constexpr int kBatchLevel = C::kTilesN * C::kParts >= 4 ? 2 : 3, kBatch = 1 << kBatchLevel;
 #pragma unroll 1
-    for (int first = 0; first < num_leaves; first += kBatch) {
-      const uint32_t present = starts >> first;
+    for (int first = 0; first < plan.num_leaves; first += kBatch) {
+      const uint32_t present = plan.starts >> first;
       if (!(present & 1)) continue;  // part of a subtree that began before
+      Partial<C>* from[kBatch];
+      uint32_t remote = 0;
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        const int of_part = __shfl_sync(kFullWarp, plan.part, first + i),
+                  index = __shfl_sync(kFullWarp, plan.index, first + i);
+        const bool is_remote = (present >> i & 1) && of_part != part;
+        from[i] = is_remote ? &partial(of_part, index) : &partial(part, 0);  // something
+        remote |= uint32_t(is_remote) << i;
+      }
+      Parcel<C> parcel[kBatch];
+      uint32_t complete;
+      do {
+#pragma unroll
+        for (int i = 0; i < kBatch; ++i) from[i]->load(parcel[i]);
+        complete = 0;
+#pragma unroll
+        for (int i = 0; i < kBatch; ++i) complete |= uint32_t(parcel[i].is_complete()) << i;
+      } while ((remote & ~complete) != 0);
       State<C> batch[kBatch];
 #pragma unroll
       for (int i = 0; i < kBatch; ++i) {
-        const int of_part = __shfl_sync(kFullWarp, owner, first + i),
-                  at = __shfl_sync(kFullWarp, index, first + i);
-        const float* from = partial(of_part, at);
-        if (present >> i & 1) load_state<true, C>(from, from + C::kStateFloats * C::kThreads, batch[i]);
+        parcel[i].open(batch[i]);
+        const int level = __shfl_sync(kFullWarp, plan.level, first + i);
+        if (remote >> i & 1)
+          from[i]->clear();
+        else if (present >> i & 1)
+          stack.take(level, batch[i]);
       }
 #pragma unroll
       for (int step = 1; step < kBatch; step *= 2) {
 #pragma unroll
         for (int i = 0; i < kBatch; i += 2 * step)
-          if (present >> (i + step) & 1) merge_into_left<C>(batch[i], batch[i + step]);
+          if (present >> (i + step) & 1) merge<C>(batch[i], batch[i + step]);
       }
-      const int batch_level = max(kBatchLevel, __shfl_sync(kFullWarp, level, first));
-      const Push plan = plan_push(first, batch_level, 0, true);
-      for (int l = batch_level; l < plan.merged_level; ++l) stack.merge_left(l, batch[0]);
-      if (present >> kBatch) {
-        stack.put(plan.merged_level, batch[0]);
-      } else {
-        stack.merge_all(batch[0]);
-        write(batch[0]);
-      }
+      const int level = max(kBatchLevel, __shfl_sync(kFullWarp, plan.level, first));
+      const Push push = plan_push(first, level, 0);
+      for (int l = level; l < push.merged_level; ++l) stack.merge_left(l, batch[0]);
+      if (present >> kBatch)
+        stack.put(push.merged_level, batch[0]);
+      else
+        finish(batch[0]);
     }
   }
 };
 
-// Scores -> weights in shared memory, in units of the maximum, which every warp then knows; the state is
-// rescaled to it.
+// A warp: its ring, and the leaf that it works on.
 template <class C>
-__device__ __forceinline__ void mask_and_share_maxima(Smem<C>& s, float (&score)[C::kTilesN][4], float scale,
-                                                      const Queries<C>& queries, int page) {
-  const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize, g = lane / 4, q = lane % 4;
-  const bool masks = (page + 1) * kPageSize > queries.least_limit;
+struct Worker {
+  const AttentionParams<typename C::Scalar>& p;
+  const LaunchConfig& config;
+  Loader<C> loader;
+  int slot = 0;  // the next to read
+  Queries<C> queries;
+  NewToken<C> new_token;
+  Fragments<C> result;
+  uint32_t last_read[C::kTilesN];  // slots that are free once the warps have met
+
+  __device__ __forceinline__ Unit<C> unit_from(int from) const {
+    Unit<C> unit;
 #pragma unroll
-  for (int n = 0; n < C::kTilesN; ++n) {
-    float largest[2];
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        float& v = score[n][2 * half + i];
-        v *= scale;
-        if (masks && page * kPageSize + warp * 16 + g + 8 * half >= queries.limit[n][i]) v = -INFINITY;
-      }
-      largest[i] = fmaxf(score[n][i], score[n][2 + i]);
-#pragma unroll
-      for (int mask = 4; mask < kWarpSize; mask *= 2)
-        largest[i] = fmaxf(largest[i], __shfl_xor_sync(kFullWarp, largest[i], mask));
+    for (int i = 0; i < C::kUnitSlots; ++i) {
+      const int at = from + i < C::kSlots ? from + i : from + i - C::kSlots;
+      unit.slot[i] = loader.ring + uint32_t(at * C::kSlotBytes);
     }
-    if (lane < 4) *reinterpret_cast<float2*>(&s.maxima[warp][n * 8 + 2 * q]) = {largest[0], largest[1]};
+    return unit;
   }
-}
+  __device__ __forceinline__ void skip_unit() {
+    slot += C::kUnitSlots;
+    if (slot >= C::kSlots) slot -= C::kSlots;
+  }
+  // Until the slots that are read next are complete, `kUnits` units.
+  template <int kUnits>
+  __device__ __forceinline__ void wait_for_units() const {
+    ptx::wait_for_copies<C::kSlots - kUnits * C::kUnitSlots>();
+    __syncwarp();  // all lanes' copies are complete
+  }
+  __device__ __forceinline__ void refill() {
+    __syncwarp();  // all lanes have read it
+#pragma unroll
+    for (int i = 0; i < C::kUnitSlots; ++i) loader.issue();
+  }
+
+  __device__ __forceinline__ void start_pair(const Line& line, const Leaf& leaf) {
+    queries.load(p, config, line.tiles[leaf.tile], leaf.head);
+  }
+
+  // The first new token of the leaf, if it is in this warp's share: its loads are under way with those of q.
+  __device__ __forceinline__ void start_leaf(const Line& line, const Leaf& leaf) {
+    result.clear();
+    if (p.append.k == nullptr) return;
+    const Tile& tile = line.tiles[leaf.tile];
+    new_token.position = -1;
+    int page = WarpPages::first_page(leaf);
+    page += max(tile.num_old() / kPageSize - page, 0) / kPagesAtOnce * kPagesAtOnce;
+    for (; page < leaf.end; page += kPagesAtOnce) {
+      const NewTokens tokens(tile, WarpPages::first_token(page), C::kStepTokens);
+      if (tokens.any()) return new_token.load(p, tile, leaf.head, tokens.first);
+    }
+  }
+
+  // K and V of the step are complete in the ring but for the new tokens: these, too.
+  __device__ __forceinline__ void append(const Line& line, const Leaf& leaf, const NewTokens& tokens) {
+    const Tile& tile = line.tiles[leaf.tile];
+    const Unit<C> keys = unit_from(slot);
+    const int second = slot + C::kUnitSlots;
+    const Unit<C> values = unit_from(second < C::kSlots ? second : second - C::kSlots);
+    wait_for_units<2>();
+    for (int position = tokens.first; position < tokens.end; ++position) {
+      if (position != new_token.position) new_token.load(p, tile, leaf.head, position);
+      new_token.store(p, tile, leaf.head, keys, values);
+    }
+  }
+
+  // A step: the warp's share of one page. The last one's slots are not refilled before finish_leaf.
+  __device__ __forceinline__ void step(const Line& line, const Leaf& leaf, int page) {
+    constexpr bool kHoldsKeys = C::kTilesN > C::kUnitSlots;
+    const bool is_last = page + kPagesAtOnce >= leaf.end;
+    const int first_token = WarpPages::first_token(page);
+    if (p.append.k != nullptr) {
+      const NewTokens tokens(line.tiles[leaf.tile], first_token, C::kStepTokens);
+      if (tokens.any()) append(line, leaf, tokens);
+    }
+    Scores<C> score;
+    wait_for_units<1>();
+    const Unit<C> keys = unit_from(slot);
+    score_unit<C>(score, keys, queries);
+    skip_unit();
+    if (!(kHoldsKeys && is_last)) refill();
+
+    uint32_t weights[2][C::kTilesN][2];
+    to_weights<C>(weights, result, score, config.score_scale, queries, first_token);
+
+    if (kHoldsKeys && is_last)
+      wait_for_units<2>();  // one refill less is under way
+    else
+      wait_for_units<1>();
+    const Unit<C> values = unit_from(slot);
+    add_values<C>(result, values, weights);
+    skip_unit();
+    if (!is_last) refill();
+    last_read[0] = values.slot[0];
+    if constexpr (C::kTilesN == 2) last_read[1] = kHoldsKeys ? keys.slot[0] : values.slot[C::kUnitSlots - 1];
+  }
+
+  // All warps' results of a leaf.
+  __device__ __forceinline__ void finish_leaf(MeetingSmem<C>& s, const Leaf& leaf, State<C>& sum) {
+    constexpr int kHeldUnits = C::kTilesN > C::kUnitSlots ? 2 : 1;
+    const bool has_worked = WarpPages::first_page(leaf) < leaf.end;
+    if (has_worked) {
+      __syncwarp();  // all lanes have read the slots
+      put_fragments<C>(s, last_read, result);
+    }
+    __syncthreads();  // the results are in the slots
+    take_sum<C>(s, leaf.size() > 1, sum);
+    __syncthreads();  // and read
+    if (has_worked) {
+#pragma unroll
+      for (int i = 0; i < kHeldUnits; ++i) refill();
+    }
+  }
+};
 
 template <class C>
-__device__ __forceinline__ void share_weights(Smem<C>& s, const float (&score)[C::kTilesN][4],
-                                              State<C>& state) {
-  const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize, g = lane / 4, q = lane % 4;
-#pragma unroll
-  for (int n = 0; n < C::kTilesN; ++n) {
-    float m[2] = {state.m[n][0], state.m[n][1]};
-#pragma unroll
-    for (int w = 0; w < C::kWarps; ++w) {
-      const float2 v = *reinterpret_cast<const float2*>(&s.maxima[w][n * 8 + 2 * q]);
-      m[0] = fmaxf(m[0], v.x), m[1] = fmaxf(m[1], v.y);
-    }
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const float rescale = weight_of(state.m[n][i], m[i]);
-      state.m[n][i] = m[i];
-      state.l[n][i] *= rescale;
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        s.weights[n * 8 + 2 * q + i][warp * 16 + g + 8 * half] =
-            round_to<typename C::Product>(weight_of(score[n][2 * half + i], m[i]));
-#pragma unroll
-        for (int t = 0; t < C::kTilesM; ++t) state.o[t][n][2 * half + i] *= rescale;
-      }
-    }
-  }
-}
-
-template <class C>
-__global__ void __launch_bounds__(C::kThreads, kCtasPerSm)
-    attention_kernel(const AttentionParams<typename C::Scalar> p, const LaunchConfig config) {
+__global__ void __launch_bounds__(C::kThreads, kMaxCtasPerSm)
+    attention_kernel(const __grid_constant__ AttentionParams<typename C::Scalar> p,
+                     const __grid_constant__ LaunchConfig config) {
   extern __shared__ __align__(128) uint8_t smem[];
   Smem<C>& s = *reinterpret_cast<Smem<C>*>(smem);
   let_successor_start();
-  wait_for_predecessor();
 
   if (threadIdx.x < kWarpSize) {
     const int num_tiles = build_tiles(s.tiles, config.max_tiles, p.q_start, p.kv_len, p.num_seqs,
@@ -236,62 +331,49 @@ __global__ void __launch_bounds__(C::kThreads, kCtasPerSm)
   __syncthreads();  // the tiles are built
   const Line line{s.tiles, s.num_tiles, p.num_kv_heads};
   const int W = line.total(), part = part_of_cta(config);
-  if (W == 0) return;
   // Odd lanes find the end while even lanes find the beginning.
   const int end_or_begin =
-      next_leaf_start(line, int(part_begin(part + int(threadIdx.x % 2), W, int(gridDim.x))));
+      W == 0 ? 0 : next_leaf_start(line, int(part_begin(part + int(threadIdx.x % 2), W, int(gridDim.x))));
   const int begin = __shfl_sync(kFullWarp, end_or_begin, 0), end = __shfl_sync(kFullWarp, end_or_begin, 1);
-  if (begin == end) return;
+  if (begin == end) return wait_for_predecessor();  // so that the kernel ends after it
 
-  Cursor at = cursor_at(line, begin);
-  Loader<C> loader(p, line, uint32_t(__cvta_generic_to_shared(s.ring)), at, end - begin);
-  for (int i = 0; i < C::kSlots - 1; ++i) loader.issue();
+  Leaf leaf = leaf_at(line, begin);
+  const uint32_t ring = uint32_t(__cvta_generic_to_shared(s.ring[threadIdx.x / kWarpSize]));
+  Worker<C> worker{p, config, Loader<C>(p, ring, WarpPages(line, leaf, end - begin))};
+  int num_issued = 0;
+  for (; num_issued < C::kSlots && worker.loader.is_old(); ++num_issued) worker.loader.issue();
+  // The last pair of the part is the only one that this CTA may own and not have all of.
+  const Plan plan(line, end - 1, W);
+  wait_for_predecessor();
+  for (; num_issued < C::kSlots; ++num_issued) worker.loader.issue();
 
-  Queries<C> queries;
-  State<C> state;
-  Pair<C> pair{p, config, line, s, {s.stack, 0}, part, at, 0, false, 0};
-  int leaf = 0, leaf_size = 1, pages_of_leaf = 0, slot = 0;  // leaf in its pair; its pages that are done
+  Pair<C> pair{p, config, line, {s.stack}, part, leaf.tile, leaf.head};
   bool new_pair = true;
-  const uint32_t ring = uint32_t(__cvta_generic_to_shared(s.ring));
-  const uint32_t weights = uint32_t(__cvta_generic_to_shared(s.weights));
-  const auto next_entry =
-      [&] {  // waits for the entry that is read next, and refills the one that was read before it
-        ptx::wait_for_copies<C::kSlots - 2>();
-        __syncthreads();  // the entry is complete, and the one before it, maxima and weights too, read by all
-        loader.issue();
-        const uint32_t page = ring + uint32_t(slot * C::kSlotBytes);
-        slot = slot + 1 == C::kSlots ? 0 : slot + 1;
-        return page;
-      };
-
-  for (int pages_left = end - begin; pages_left > 0; --pages_left) {
+  for (int pages_left = end - begin; pages_left > 0;) {
+    const int index = leaf.first / line.tiles[leaf.tile].leaf;
     if (new_pair) {
-      queries.load(p, config, line.tiles[at.tile], at.head);
-      leaf_size = line.tiles[at.tile].leaf;
-      leaf = at.page == 0 ? 0 : at.page / leaf_size;
-      pages_of_leaf = 0;
-      pair.at = at;
-      pair.first_leaf = leaf;
-      pair.whole = at.page == 0 && pages_left >= at.pages;
-      pair.num_emitted = 0;
+      pair.tile = leaf.tile, pair.head = leaf.head;
+      pair.first_leaf = index;
+      worker.start_pair(line, leaf);
     }
-    if (pages_of_leaf == 0) state.clear();
+    worker.start_leaf(line, leaf);
+    for (int page = WarpPages::first_page(leaf); page < leaf.end; page += kPagesAtOnce)
+      worker.step(line, leaf, page);
+    State<C> state;
+    worker.finish_leaf(s.meeting, leaf, state);
 
-    float score[C::kTilesN][4];
-    score_page<C>(score, next_entry(), queries);
-    mask_and_share_maxima<C>(s, score, config.score_scale, queries, at.page);
-    const uint32_t values = next_entry();  // maxima are complete, too
-    share_weights<C>(s, score, state);
-    __syncthreads();  // the weights are complete
-    add_values<C>(state, values, weights);
-
-    const bool ends_pair = at.page + 1 == at.pages, ends_leaf = ends_pair || pages_of_leaf + 1 == leaf_size;
-    if (ends_leaf && pair.push(state, leaf, ends_pair)) pair.write(state);
-    if (!pair.whole && (ends_pair || pages_left == 1)) pair.leave(state, leaf, W);
-    pages_of_leaf = ends_leaf ? 0 : pages_of_leaf + 1;
-    leaf += ends_leaf;
-    new_pair = ends_pair;
-    at.advance(line);
+    pages_left -= leaf.size();
+    if (leaf.ends_pair() && pair.first_leaf == 0) {
+      pair.finish(state);
+    } else {
+      pair.push(state, index);
+      if (leaf.ends_pair())
+        pair.leave_rest();
+      else if (pages_left == 0)
+        pair.first_leaf == 0 ? pair.collect(plan) : pair.leave_rest();
+    }
+    new_pair = leaf.ends_pair();
+    if (pages_left > 0) leaf.advance(line);
   }
 }
 
@@ -308,14 +390,17 @@ void launch_attention(const AttentionParams<typename C::Scalar>& p, const Launch
   NF_CUDA(cudaDeviceGetAttribute(&smem_reserved, cudaDevAttrReservedSharedMemoryPerBlock, device));
   const int smem_bytes = int(sizeof(Smem<C>) + size_t(config.max_tiles) * sizeof(Tile));
   NF_CHECK(smem_bytes <= smem_per_cta, std::to_string(smem_bytes) + " bytes of shared memory");
-  config.two_ctas_per_sm = kCtasPerSm * (smem_bytes + smem_reserved) <= smem_per_sm;
+  config.two_ctas_per_sm = config.max_tiles * p.num_kv_heads > kFewPairs &&
+                           kMaxCtasPerSm * (smem_bytes + smem_reserved) <= smem_per_sm;
   NF_CUDA(cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, smem_bytes));
+  NF_CUDA(cudaFuncSetAttribute(kKernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                               cudaSharedmemCarveoutMaxShared));
 
   cudaLaunchAttribute overlap{};
   overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   overlap.val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t launch_config{};
-  launch_config.gridDim = dim3(unsigned(num_sms * (config.two_ctas_per_sm ? kCtasPerSm : 1)));
+  launch_config.gridDim = dim3(unsigned(num_sms * (config.two_ctas_per_sm ? kMaxCtasPerSm : 1)));
   launch_config.blockDim = dim3(C::kThreads);
   launch_config.dynamicSmemBytes = size_t(smem_bytes);
   launch_config.stream = stream;
@@ -331,8 +416,10 @@ void attention(const AttentionParams<Scalar>& p, cudaStream_t stream) {
   using namespace attn;
   NF_CHECK(p.group >= 1 && p.group <= 16, "G=" + std::to_string(p.group));
   NF_CHECK(p.softmax_scale > 0.0f, "softmax_scale=" + std::to_string(p.softmax_scale));
-  NF_CHECK(p.num_tokens >= 0 && p.num_tokens < 1 << 27, "T=" + std::to_string(p.num_tokens));
+  NF_CHECK(p.num_tokens >= 0 && p.num_tokens <= kMaxTokens, "T=" + std::to_string(p.num_tokens));
   NF_CHECK(p.num_seqs >= 0 && p.num_seqs <= UINT16_MAX, "S=" + std::to_string(p.num_seqs));
+  NF_CHECK(p.append.k == nullptr || p.num_tokens <= int64_t(kMaxAppended) * p.num_seqs,
+           "T=" + std::to_string(p.num_tokens) + " of S=" + std::to_string(p.num_seqs));
   if (p.num_tokens == 0 || p.num_seqs == 0) return;
   // Several queries of a sequence fill 16 rows; with one each, 8 will do where the group has no more.
   const int tiles_n = p.group > 8 || p.num_tokens > p.num_seqs ? 2 : 1;
@@ -345,7 +432,6 @@ void attention(const AttentionParams<Scalar>& p, cudaStream_t stream) {
   NF_CHECK(max_tiles <= kMaxTiles, "T=" + std::to_string(p.num_tokens) + " queries, " +
                                        std::to_string(max_tiles) + " tiles of " +
                                        std::to_string(queries_per_tile) + ": run longer prompts in slices");
-  NF_CHECK(max_tiles * p.num_kv_heads <= kCounters, "K=" + std::to_string(p.num_kv_heads));
   const LaunchConfig config{
       .queries_per_tile = queries_per_tile,
       .max_tiles = int(max_tiles),

@@ -1,128 +1,151 @@
 // SPDX-License-Identifier: Apache-2.0
-// The result of some keys, softmax(scores) * values before the division, and how two of them become one.
-// Spread over the CTA's threads as the fragments of the product are (kernel.cuh).
+// The result of some keys, softmax(scores) * values before the division, spread over the CTA's threads: how
+// two of them become one, and how one gets from the warps to the threads, onto the stack, to another CTA.
+// Thread i has row i / 16 of every 8, and of each 64 elements of D four, from i % 16 * 4 on: what it stores
+// it alone reads again, so that nothing here waits for another thread but the meeting of the warps.
 #pragma once
 
-#include "host/attention_schedule.h"
-#include "kernels/common/device.cuh"
+#include "kernels/attention/kernel.cuh"
 
 namespace nf::attn {
 
 template <class C>
 struct State {
-  float o[C::kTilesM][C::kTilesN][4];
-  float m[C::kTilesN][2];  // largest score, in units of log 2; of columns 2q and 2q+1
-  float l[C::kTilesN][2];  // sum of the weights
-
-  __device__ __forceinline__ void clear() {
-#pragma unroll
-    for (int n = 0; n < C::kTilesN; ++n) {
-#pragma unroll
-      for (int i = 0; i < 2; ++i) m[n][i] = -INFINITY, l[n][i] = 0.0f;
-#pragma unroll
-      for (int t = 0; t < C::kTilesM; ++t) {
-#pragma unroll
-        for (int e = 0; e < 4; ++e) o[t][n][e] = 0.0f;
-      }
-    }
-  }
+  float4 o[C::kTilesN][C::kParts];
+  float m[C::kTilesN], l[C::kTilesN];
 };
 
-// exp2(m - reference), 0 for a state without keys.
-__device__ __forceinline__ float weight_of(float m, float reference) {
-  return exp2f(m - (reference == -INFINITY ? 0.0f : reference));
+__device__ __forceinline__ float4 scaled(float4 v, float a) {
+  return {__fmul_rn(v.x, a), __fmul_rn(v.y, a), __fmul_rn(v.z, a), __fmul_rn(v.w, a)};
+}
+__device__ __forceinline__ float4 scaled_plus(float4 v, float a, float4 sum) {
+  return {__fmaf_rn(v.x, a, sum.x), __fmaf_rn(v.y, a, sum.y), __fmaf_rn(v.z, a, sum.z),
+          __fmaf_rn(v.w, a, sum.w)};
 }
 
-// right = left + right. Written with explicit roundings: the same bits wherever the compiler inlines it.
+// left += right. Written with explicit roundings: the same bits wherever the compiler inlines it.
 template <class C>
-__device__ __forceinline__ void merge(const State<C>& left, State<C>& right) {
+__device__ __forceinline__ void merge(State<C>& left, const State<C>& right) {
 #pragma unroll
   for (int n = 0; n < C::kTilesN; ++n) {
-    float a[2], b[2];
+    const float m = fmaxf(left.m[n], right.m[n]);
+    const float a = weight_of(left.m[n], m), b = weight_of(right.m[n], m);
+    left.m[n] = m;
+    left.l[n] = __fmaf_rn(left.l[n], a, __fmul_rn(right.l[n], b));
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const float m = fmaxf(left.m[n][i], right.m[n][i]);
-      a[i] = weight_of(left.m[n][i], m), b[i] = weight_of(right.m[n][i], m);
-      right.m[n][i] = m;
-      right.l[n][i] = __fmaf_rn(left.l[n][i], a[i], __fmul_rn(right.l[n][i], b[i]));
-    }
+    for (int i = 0; i < C::kParts; ++i) left.o[n][i] = scaled_plus(left.o[n][i], a, scaled(right.o[n][i], b));
+  }
+}
+
+// Where the warps meet at a leaf's end. Each puts its o into slots of its own ring, 8 rows of D floats each,
+// and says which.
+template <class C>
+struct MeetingSmem {
+  alignas(16) float2 ml[C::kWarps][C::kColumns];
+  uint32_t slot[C::kWarps][C::kTilesN];  // shared addresses
+};
+
+// (With __cvta_shared_to_generic instead, nvcc 13.0 does not come to an end.)
+__device__ __forceinline__ float* at_shared(uint32_t address) {
+  extern __shared__ __align__(128) uint8_t smem[];
+  return reinterpret_cast<float*>(smem + (address - uint32_t(__cvta_generic_to_shared(smem))));
+}
+
+// Float `d` of row r of 8 is at d ^ swizzle(r): then neither the fragments nor the rows meet in a bank.
+__device__ __forceinline__ int swizzle(int row) { return (row >> 1 & 3) << 3; }
+
+template <class C>
+__device__ __forceinline__ void put_fragments(MeetingSmem<C>& s, const uint32_t (&slot)[C::kTilesN],
+                                              const Fragments<C>& f) {
+  const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize, g = lane / 4, q = lane % 4;
+#pragma unroll
+  for (int n = 0; n < C::kTilesN; ++n) {
+    float* to = at_shared(slot[n]);
 #pragma unroll
     for (int t = 0; t < C::kTilesM; ++t) {
 #pragma unroll
-      for (int e = 0; e < 4; ++e)
-        right.o[t][n][e] = __fmaf_rn(left.o[t][n][e], a[e & 1], __fmul_rn(right.o[t][n][e], b[e & 1]));
-    }
-  }
-}
-
-template <class C>
-__device__ __forceinline__ void merge_into_left(State<C>& left, State<C> right) {
-  merge<C>(left, right);
-  left = right;
-}
-
-// A state in memory: every thread's o, then m and l of all columns. In global memory one copy of the latter
-// is enough; on the stack in shared memory each warp keeps its own, so that no barrier is needed.
-template <class C>
-__device__ __forceinline__ void store_state(float* o, float* ml, bool writes_ml, const State<C>& s) {
-  const int lane = threadIdx.x % kWarpSize, q = lane % 4;
-#pragma unroll
-  for (int t = 0; t < C::kTilesM; ++t) {
-#pragma unroll
-    for (int n = 0; n < C::kTilesN; ++n) {
-#pragma unroll
-      for (int e = 0; e < 4; ++e)
-        o[((t * C::kTilesN + n) * 4 + e) * C::kThreads + threadIdx.x] = s.o[t][n][e];
-    }
-  }
-  if (!writes_ml || lane >= 4) return;
-#pragma unroll
-  for (int n = 0; n < C::kTilesN; ++n)
-    reinterpret_cast<float4*>(ml)[n * 4 + q] = {s.m[n][0], s.l[n][0], s.m[n][1], s.l[n][1]};
-}
-
-// With kGlobal past L1, which may not know of another SM's stores.
-template <bool kGlobal, class C>
-__device__ __forceinline__ void load_state(const float* o, const float* ml, State<C>& s) {
-  const int q = threadIdx.x % 4;
-#pragma unroll
-  for (int t = 0; t < C::kTilesM; ++t) {
-#pragma unroll
-    for (int n = 0; n < C::kTilesN; ++n) {
-#pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        const float* from = o + ((t * C::kTilesN + n) * 4 + e) * C::kThreads + threadIdx.x;
-        s.o[t][n][e] = kGlobal ? __ldcg(from) : *from;
+      for (int i = 0; i < 2; ++i) {
+        const int row = 2 * q + i;
+        const float first = f.o[t][n][i], second = f.o[t][n][2 + i];
+        if constexpr (C::kFp8) {  // neighbours in d
+          *reinterpret_cast<float2*>(to + row * C::kHeadDim + ((t * 16 + 2 * g) ^ swizzle(row))) = {first,
+                                                                                                    second};
+        } else {
+          to[row * C::kHeadDim + ((t * 16 + g) ^ swizzle(row))] = first;
+          to[row * C::kHeadDim + ((t * 16 + 8 + g) ^ swizzle(row))] = second;
+        }
       }
     }
-  }
-#pragma unroll
-  for (int n = 0; n < C::kTilesN; ++n) {
-    const float4* from = reinterpret_cast<const float4*>(ml) + n * 4 + q;
-    const float4 v = kGlobal ? __ldcg(from) : *from;
-    s.m[n][0] = v.x, s.l[n][0] = v.y, s.m[n][1] = v.z, s.l[n][1] = v.w;
+    if (g == 0)
+      *reinterpret_cast<float4*>(&s.ml[warp][n * 8 + 2 * q]) = {f.m[n][0], f.l[n][0], f.m[n][1], f.l[n][1]};
+    if (lane == 0) s.slot[warp][n] = slot[n];
   }
 }
 
-// Subtrees that wait for their right sibling, one a level; the last is the groups so far.
+// The sum of what the warps have put: all, or only the first half of them.
+template <class C>
+__device__ __forceinline__ void take_sum(const MeetingSmem<C>& s, bool all, State<C>& sum) {
+  const int row = threadIdx.x / 16, d = threadIdx.x % 16 * 4;
+#pragma unroll
+  for (int n = 0; n < C::kTilesN; ++n) {
+    float2 ml[C::kWarps];
+    float m = -INFINITY;
+#pragma unroll
+    for (int w = 0; w < C::kWarps; ++w) {
+      ml[w] = all || w < C::kWarps / 2 ? s.ml[w][n * 8 + row] : float2{-INFINITY, 0.0f};
+      m = fmaxf(m, ml[w].x);
+    }
+    sum.m[n] = m, sum.l[n] = 0.0f;
+#pragma unroll
+    for (float4& o : sum.o[n]) o = {0.0f, 0.0f, 0.0f, 0.0f};
+    const auto add = [&](int w) {
+      const float a = weight_of(ml[w].x, m);
+      const float* from = at_shared(s.slot[w][n]) + row * C::kHeadDim;
+      sum.l[n] = __fmaf_rn(ml[w].y, a, sum.l[n]);
+#pragma unroll
+      for (int i = 0; i < C::kParts; ++i) {
+        const float4 v = *reinterpret_cast<const float4*>(from + ((i * 64 + d) ^ swizzle(row)));
+        sum.o[n][i] = scaled_plus(v, a, sum.o[n][i]);
+      }
+    };
+#pragma unroll
+    for (int w = 0; w < C::kWarps / 2; ++w) add(w);
+    if (!all) continue;
+#pragma unroll
+    for (int w = C::kWarps / 2; w < C::kWarps; ++w) add(w);
+  }
+}
+
+// Subtrees that wait for their right sibling, one a level.
 template <class C>
 struct StackSmem {
-  alignas(16) float o[kGroupLevel + 1][C::kStateFloats * C::kThreads];
-  alignas(16) float ml[kGroupLevel + 1][C::kWarps][C::kColumns * 2];
+  alignas(16) float4 o[kLevels][C::kTilesN][C::kParts][C::kThreads];
+  alignas(16) float2 ml[kLevels][C::kColumns];
 };
 
 template <class C>
 struct Stack {
   StackSmem<C>& s;
-  uint32_t pending;  // levels in use
+  uint32_t pending = 0;  // levels in use
 
   __device__ __forceinline__ void put(int level, const State<C>& state) {
-    store_state<C>(s.o[level], s.ml[level][threadIdx.x / kWarpSize], true, state);
-    __syncwarp();  // m and l are the warp's
+#pragma unroll
+    for (int n = 0; n < C::kTilesN; ++n) {
+#pragma unroll
+      for (int i = 0; i < C::kParts; ++i) s.o[level][n][i][threadIdx.x] = state.o[n][i];
+      if (threadIdx.x % 16 == 0) s.ml[level][n * 8 + threadIdx.x / 16] = {state.m[n], state.l[n]};
+    }
+    __syncwarp();  // a row's m and l are of 16 threads of a warp
     pending |= 1u << level;
   }
   __device__ __forceinline__ void take(int level, State<C>& state) {
-    load_state<false, C>(s.o[level], s.ml[level][threadIdx.x / kWarpSize], state);
+#pragma unroll
+    for (int n = 0; n < C::kTilesN; ++n) {
+#pragma unroll
+      for (int i = 0; i < C::kParts; ++i) state.o[n][i] = s.o[level][n][i][threadIdx.x];
+      const float2 ml = s.ml[level][n * 8 + threadIdx.x / 16];
+      state.m[n] = ml.x, state.l[n] = ml.y;
+    }
     __syncwarp();  // read before the level is put again
     pending &= ~(1u << level);
   }
@@ -131,10 +154,82 @@ struct Stack {
     State<C> left;
     take(level, left);
     merge<C>(left, state);
+    state = left;
   }
   __device__ __forceinline__ void merge_all(State<C>& state) {
-    for (int level = 0; level <= kGroupLevel; ++level)
+    for (int level = 0; level < kLevels; ++level)
       if (pending >> level & 1) merge_left(level, state);
+  }
+};
+
+// A state on its way to another CTA. Every thread finds what its namesake stored, and word by word sees
+// whether it is there: no fence and no counter, which would be three trips to L2 where nothing hides them.
+constexpr uint32_t kAbsent = 0xffffffffu;  // a NaN that no arithmetic makes
+
+__device__ __forceinline__ void store_relaxed(uint4* to, uint4 v) {
+  asm volatile("st.relaxed.gpu.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(v.x), "r"(v.y), "r"(v.z),
+               "r"(v.w)
+               : "memory");
+}
+__device__ __forceinline__ uint4 load_relaxed(const uint4* from) {
+  uint4 v;
+  asm volatile("ld.relaxed.gpu.global.v4.b32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "l"(from)
+               : "memory");
+  return v;
+}
+
+// A thread's share of a state, as it travels: the o, then m and l of the first and of the last n.
+template <class C>
+struct Parcel {
+  static constexpr int kWords = C::kTilesN * C::kParts + 1;
+  uint4 word[kWords];
+
+  Parcel() = default;
+  __device__ __forceinline__ explicit Parcel(const State<C>& state) {
+    const auto present = [](float f) { return min(__float_as_uint(f), kAbsent - 1); };  // or another NaN
+    const auto bits = [&](float4 v) { return uint4{present(v.x), present(v.y), present(v.z), present(v.w)}; };
+#pragma unroll
+    for (int i = 0; i < kWords - 1; ++i) word[i] = bits(state.o[i / C::kParts][i % C::kParts]);
+    constexpr int kLast = C::kTilesN - 1;
+    word[kWords - 1] = bits({state.m[0], state.l[0], state.m[kLast], state.l[kLast]});
+  }
+  __device__ __forceinline__ void open(State<C>& state) const {
+    const auto floats = [](uint4 v) {
+      return float4{__uint_as_float(v.x), __uint_as_float(v.y), __uint_as_float(v.z), __uint_as_float(v.w)};
+    };
+#pragma unroll
+    for (int i = 0; i < kWords - 1; ++i) state.o[i / C::kParts][i % C::kParts] = floats(word[i]);
+    const float4 ml = floats(word[kWords - 1]);
+    state.m[C::kTilesN - 1] = ml.z, state.l[C::kTilesN - 1] = ml.w;
+    state.m[0] = ml.x, state.l[0] = ml.y;
+  }
+  __device__ __forceinline__ bool is_complete() const {
+    bool absent = false;
+#pragma unroll
+    for (const uint4& v : word)
+      absent |= v.x == kAbsent || v.y == kAbsent || v.z == kAbsent || v.w == kAbsent;
+    return !absent;
+  }
+};
+
+template <class C>
+struct Partial {
+  uint4 word[Parcel<C>::kWords][C::kThreads];
+
+  __device__ __forceinline__ void store(const Parcel<C>& parcel) {
+#pragma unroll
+    for (int i = 0; i < Parcel<C>::kWords; ++i) store_relaxed(&word[i][threadIdx.x], parcel.word[i]);
+  }
+  __device__ __forceinline__ void load(Parcel<C>& parcel) const {
+#pragma unroll
+    for (int i = 0; i < Parcel<C>::kWords; ++i) parcel.word[i] = load_relaxed(&word[i][threadIdx.x]);
+  }
+  __device__ __forceinline__ void clear() {  // for the next launch
+#pragma unroll
+    for (int i = 0; i < Parcel<C>::kWords; ++i)
+      store_relaxed(&word[i][threadIdx.x], {kAbsent, kAbsent, kAbsent, kAbsent});
   }
 };
 

@@ -1,14 +1,21 @@
 // SPDX-License-Identifier: Apache-2.0
-// Attention over paged KV, a few queries a sequence. Grid: two CTAs an SM, whatever the batch; each streams
-// an equal part of the line of pages (host/attention_schedule.h) through a ring of K and V pages. Bandwidth
-// bound: reads 2*length*D elements a sequence and KV head, once per tile of 8 or 16 rows (a row = one query
-// of one head).
+// Attention over paged KV, a few queries a sequence. Grid: one or two CTAs an SM, whatever the lengths; each
+// streams an equal part of the line of pages (host/attention_schedule.h). Bandwidth bound: reads 2*length*D
+// elements a sequence and KV head, once per tile of 8 or 16 rows (a row = one query of one head).
 //
-// A page of 64 tokens: warp w scores tokens 16w.. as S^T [16, rows] = K [16, D] * Q^T: the keys are the
-// product's long side, so 8 rows fill it. The warps agree on the rows' maxima, share the weights P [rows, 64]
-// in 16 bits, and warp w computes O^T [D/4, rows] = V^T * P^T for its quarter of D. So the result is nowhere
-// doubled, and merging leaves costs each thread 4 to 16 values. An e4m3 page is widened to half in registers,
-// its pairs of neighbours in whatever order the widening gives: Q and O are permuted to match.
+// The four warps work on their own, without a barrier, until a leaf ends. A CTA takes two pages at a time:
+// warp w tokens 32 (w % 2) .. of page w / 2, through a ring that only it reads and fills. It scores them as
+// S^T [32, rows] = K [32, D] * Q^T and adds O^T [D, rows] += V^T * P^T: the keys are the product's long side,
+// so 8 rows fill it, and P turns from result to operand within a register (movmatrix). An e4m3 page is
+// widened to half in registers, its pairs of neighbours in whatever order the widening gives: Q and O are
+// permuted to match. At a leaf's end the warps' results are merged through shared memory, and are then spread
+// over the threads by rows (fold.cuh).
+//
+// At batch 1 and short contexts all is latency. So the tiles, the page ids and the ring's first loads, all
+// that the predecessor does not write, come before wait_for_predecessor(); attention.h says what that
+// demands. (The kernels that may still run then are of the same step: each of them waits for its predecessor
+// before it ends, and a step starts without overlap.) What CTAs tell each other is its own flag (fold.cuh).
+// And a CTA takes little enough of an SM that the next linear fits beside it and fills its own ring.
 #pragma once
 
 #include <cuda_fp8.h>
@@ -16,10 +23,10 @@
 #include <type_traits>
 
 #include "kernels/attention/attention.h"
-#include "kernels/attention/fold.cuh"
 #include "kernels/attention/tiles.cuh"
 #include "kernels/ptx/cp_async.cuh"
 #include "kernels/ptx/mma.cuh"
+#include "kernels/rope/rotate.cuh"
 
 namespace nf::attn {
 
@@ -32,9 +39,23 @@ __device__ __forceinline__ T round_to(float v) {
     return __float2bfloat16_rn(v);
 }
 
+template <class T>
+__device__ __forceinline__ uint32_t round_pair(float2 v) {
+  const auto rounded = PairOf<T>::round(v);
+  uint32_t word;
+  memcpy(&word, &rounded, sizeof(word));
+  return word;
+}
+template <class T>
+__device__ __forceinline__ float2 widen_pair(uint32_t word) {
+  typename PairOf<T>::Type v;
+  memcpy(&v, &word, sizeof(v));
+  return PairOf<T>::widen(v);
+}
+
 template <class Scalar_, bool kFp8_, int kHeadDim_, int kTilesN_>
 struct Config {
-  using Scalar = Scalar_;                                      // of q and out
+  using Scalar = Scalar_;                                      // of q and the result
   using Product = std::conditional_t<kFp8_, __half, Scalar_>;  // of the products' operands
   static constexpr bool kFp8 = kFp8_;                          // pages of e4m3?
   static constexpr int kHeadDim = kHeadDim_;                   // D
@@ -42,15 +63,22 @@ struct Config {
   static constexpr int kColumns = 8 * kTilesN;                 // rows of a tile: columns of the products
   static constexpr int kWarps = 4;
   static constexpr int kThreads = kWarps * kWarpSize;
-  static constexpr int kTilesM = kHeadDim / kWarps / 16;       // of a warp's share of D
-  static constexpr int kStateFloats = kTilesM * kTilesN * 4;   // of o, a thread
+
+  static constexpr int kStepTokens = 32;                       // of a warp
+  static constexpr int kTilesM = kHeadDim / 16;                // of O^T
   static constexpr int kRowBytes = kHeadDim * (kFp8 ? 1 : 2);  // of a page: one token
   static constexpr int kChunks = kRowBytes / 16;
-  static constexpr int kSlotBytes = kPageSize * kRowBytes;
-  // With the stack, two CTAs fit an SM: 64 to 80 KB of pages in flight each.
+
+  // A slot of a warp's ring: 32 * D bytes of K or of V, also what 8 rows of floats take.
+  static constexpr int kSlotBytes = 32 * kHeadDim;
+  static constexpr int kSlotTokens = kSlotBytes / kRowBytes;
+  static constexpr int kUnitSlots = kStepTokens / kSlotTokens;  // a unit: K or V of a step
+  // The stack takes 20 or 41 KB: so two CTAs fit an SM, or one and the next linear.
   static constexpr int kRingBytes = (kTilesN == 1 ? 80 : 64) * 1024;
-  static constexpr int kSlots = kRingBytes / kSlotBytes < 12 ? kRingBytes / kSlotBytes : 12;
-  static constexpr int kPartialFloats = kStateFloats * kThreads + 2 * kColumns;
+  static constexpr int kSlots = kRingBytes / kWarps / kSlotBytes;
+  static_assert(kSlots >= 2 * kUnitSlots);
+
+  static constexpr int kParts = kHeadDim / 64;  // of a thread's share of a row, 4 floats each
 };
 
 struct LaunchConfig {
@@ -65,19 +93,7 @@ struct LaunchConfig {
   __device__ __forceinline__ int query_of(int row) const { return int(uint32_t(row) * group_inverse >> 16); }
 };
 
-template <class C>
-struct Smem {
-  alignas(128) uint8_t ring[C::kSlots][C::kSlotBytes];
-  StackSmem<C> stack;
-  // Weights of a page; rows of 72 so that the 8 rows of a matrix fall into different banks.
-  alignas(16) typename C::Product weights[C::kColumns][kPageSize + 8];
-  alignas(16) float maxima[C::kWarps][C::kColumns];
-  int num_tiles;
-  int arrived;
-  alignas(16) Tile tiles[1];  // as many as the launch provides for, and one more
-};
-
-// A page's 16-byte chunks are permuted within a row, so that the 8 rows of a matrix fall into different
+// A slot's 16-byte chunks are permuted within a row, so that the 8 rows of a matrix fall into different
 // banks.
 template <class C>
 __device__ __forceinline__ uint32_t chunk_offset(int token, int chunk) {
@@ -85,70 +101,146 @@ __device__ __forceinline__ uint32_t chunk_offset(int token, int chunk) {
   return uint32_t(token * C::kRowBytes + permuted * 16);
 }
 
-__device__ __forceinline__ uint32_t widen_e4m3(uint32_t pair) {  // the two low bytes
-  const __half2_raw h = __nv_cvt_fp8x2_to_halfraw2(__nv_fp8x2_storage_t(pair), __NV_E4M3);
-  return uint32_t(h.x) | uint32_t(h.y) << 16;
-}
+// Of a warp's unit: two tokens' worth of slots may be apart, where the ring wraps.
+template <class C>
+struct Unit {
+  uint32_t slot[C::kUnitSlots];  // shared addresses
 
-// Brings pages of this CTA's part into the ring, K and V by turns.
+  // The address of a chunk, where `token` is first + offset, `first` a constant and a multiple of 8.
+  __device__ __forceinline__ uint32_t chunk(int first, int offset, int chunk) const {
+    return slot[first / C::kSlotTokens] + chunk_offset<C>(first % C::kSlotTokens + offset, chunk);
+  }
+  // The same for any token.
+  __device__ __forceinline__ uint32_t token(int token, int chunk) const {
+    const uint32_t of = C::kUnitSlots == 2 && token >= C::kSlotTokens ? slot[C::kUnitSlots - 1] : slot[0];
+    return of + chunk_offset<C>(token % C::kSlotTokens, chunk);
+  }
+};
+
+// A warp's way through its pages of the CTA's leaves.
+struct WarpPages {
+  const Line& line;
+  Leaf leaf;
+  int page;
+  int pages_left;  // of the CTA's, from `leaf` on
+
+  __device__ __forceinline__ WarpPages(const Line& line, const Leaf& first, int num_pages)
+      : line(line), leaf(first), page(first_page(first)), pages_left(num_pages) {
+    find();
+  }
+  static __device__ __forceinline__ int first_page(const Leaf& leaf) {
+    return leaf.first + int(threadIdx.x) / (2 * kWarpSize);
+  }
+  // First token of the warp's share of a page.
+  static __device__ __forceinline__ int first_token(int page) {
+    return page * kPageSize + int(threadIdx.x) / kWarpSize % 2 * (kPageSize / 2);
+  }
+  __device__ __forceinline__ bool done() const { return pages_left == 0; }
+  __device__ __forceinline__ void advance() {
+    page += kPagesAtOnce;
+    find();
+  }
+
+ private:
+  __device__ __forceinline__ void find() {  // skips leaves that end before the warp's page
+#pragma unroll 1
+    while (page >= leaf.end) {
+      pages_left -= leaf.size();
+      if (pages_left == 0) return;
+      leaf.advance(line);
+      page = first_page(leaf);
+    }
+  }
+};
+
+// Brings this warp's pages into its ring, K and V by turns.
 template <class C>
 struct Loader {
   const AttentionParams<typename C::Scalar>& p;
-  const Line& line;
-  uint32_t ring;  // shared address
-  Cursor at, ahead;
-  int64_t page_id, next_id;  // of `at`; of `ahead`, the page after it, which is fetched early
-  int pages_left;            // from `at` on
-  int slot;
-  bool is_v;
+  WarpPages at;
+  uint32_t ring;    // shared address
+  int64_t page_id;  // of `at`
+  int offset;       // of this lane's first chunk of the warp's share, bytes from the page's beginning
+  int num_valid;    // tokens of the share that are cached; the rest may be NaN
+  int num_old;      // those that earlier steps have written
+  int slot = 0;     // the next to fill
+  int phase = 0;    // the slot's place in the step: of K's, then of V's
 
-  __device__ __forceinline__ int64_t id_of(const Cursor& c) const {
-    return p.page_table[line.tiles[c.tile].seq * p.page_table_stride + c.page];
+  __device__ __forceinline__ Loader(const AttentionParams<typename C::Scalar>& p, uint32_t ring,
+                                    const WarpPages& begin)
+      : p(p), at(begin), ring(ring) {
+    start_page();
   }
-  __device__ __forceinline__ Loader(const AttentionParams<typename C::Scalar>& p, const Line& line,
-                                    uint32_t ring, const Cursor& begin, int num_pages)
-      : p(p), line(line), ring(ring), at(begin), ahead(begin), pages_left(num_pages), slot(0), is_v(false) {
-    page_id = id_of(at);
-    ahead.advance(line);
-    next_id = num_pages > 1 ? id_of(ahead) : 0;
+  __device__ __forceinline__ void start_page() {
+    if (at.done()) return;
+    const Tile& tile = at.line.tiles[at.leaf.tile];
+    const int first = WarpPages::first_token(at.page);
+    page_id = p.page_table[tile.seq * p.page_table_stride + at.page];  // not used before the next issue()
+    offset =
+        (at.leaf.head * kPageSize + first % kPageSize) * C::kRowBytes + int(threadIdx.x) % kWarpSize * 16;
+    num_old = tile.num_old() - first;
+    num_valid = p.append.k != nullptr ? num_old : tile.length - first;
+  }
+  __device__ __forceinline__ int token_in_share() const { return phase % C::kUnitSlots * C::kSlotTokens; }
+
+  // Does the next slot hold nothing that this step's kernels have yet to write?
+  __device__ __forceinline__ bool is_old() const {
+    return at.done() || p.append.k != nullptr || token_in_share() + C::kSlotTokens <= num_old;
   }
 
-  // The next entry, or nothing at the end; one group of copies either way.
+  // Fills the next slot, or does nothing at the end; one group of copies either way.
   __device__ __forceinline__ void issue() {
-    if (pages_left > 0) {
-      const int64_t element =
-          page_id * (is_v ? p.v_page_stride : p.k_page_stride) + int64_t(at.head) * (kPageSize * C::kHeadDim);
-      const char* from = static_cast<const char*>(is_v ? p.v_cache : p.k_cache) + element * (C::kFp8 ? 1 : 2);
-      const int valid =
-          line.tiles[at.tile].length - at.page * kPageSize;  // tokens; what is beyond may be NaN
+    if (!at.done()) {
+      const int lane = threadIdx.x % kWarpSize, first = token_in_share();
+      const bool is_v = phase >= C::kUnitSlots;
+      const char* cache = static_cast<const char*>(is_v ? p.v_cache : p.k_cache);
+      const int64_t page_bytes = (is_v ? p.v_page_stride : p.k_page_stride) * (C::kFp8 ? 1 : 2);
+      const char* from = cache + page_id * page_bytes + offset + first * C::kRowBytes;
       const uint32_t to = ring + uint32_t(slot * C::kSlotBytes);
+      // The warp takes kRows tokens at a time. The permutation of token i * kRows + j is that of j, and of
+      // i * kRows, which is a constant.
+      constexpr int kRows = kWarpSize / C::kChunks;
+      const int row = lane / C::kChunks;
+      const uint32_t place = chunk_offset<C>(row, lane % C::kChunks);
 #pragma unroll
-      for (int i = 0; i < C::kSlotBytes / 16 / C::kThreads; ++i) {
-        const int index = i * C::kThreads + int(threadIdx.x), token = index / C::kChunks;
-        ptx::copy_async(to + chunk_offset<C>(token, index % C::kChunks), from + index * 16, token < valid);
+      for (int i = 0; i < C::kSlotTokens / kRows; ++i) {
+        constexpr bool kPermutes = C::kChunks >= 8;
+        const uint32_t permuted = place ^ uint32_t(kPermutes ? i * kRows % 8 * 16 : 0);
+        ptx::copy_async(to + permuted + uint32_t(i * kRows * C::kRowBytes), from + i * kRows * C::kRowBytes,
+                        first + i * kRows + row < num_valid);
       }
-      if (is_v && --pages_left > 0) {
-        at = ahead;
-        page_id = next_id;
-        ahead.advance(line);
-        if (pages_left > 1) next_id = id_of(ahead);
+      if (++phase == 2 * C::kUnitSlots) {
+        phase = 0;
+        at.advance();
+        start_page();
       }
-      is_v = !is_v;
       slot = slot + 1 == C::kSlots ? 0 : slot + 1;
     }
     ptx::commit_copies();
   }
 };
 
+__device__ __forceinline__ uint32_t widen_e4m3(uint32_t pair) {  // the two low bytes
+  const __half2_raw h = __nv_cvt_fp8x2_to_halfraw2(__nv_fp8x2_storage_t(pair), __NV_E4M3);
+  return uint32_t(h.x) | uint32_t(h.y) << 16;
+}
+
 // The queries of a tile and head, as fragments.
 template <class C>
 struct Queries {
+  using Scalar = typename C::Scalar;
   uint32_t fragment[C::kTilesN][C::kHeadDim / 16][2];
   int limit[C::kTilesN][2];  // tokens that columns 2q and 2q+1 see
   int least_limit;
 
-  __device__ __forceinline__ void load(const AttentionParams<typename C::Scalar>& p,
-                                       const LaunchConfig& config, const Tile tile, int head) {
+  // First element of a fragment's register.
+  static __device__ __forceinline__ int element_of(int k, int half) {
+    const int q = threadIdx.x % 4;
+    return C::kFp8 ? k * 16 + 4 * q + 2 * half : k * 16 + 2 * q + 8 * half;
+  }
+
+  __device__ __forceinline__ void load(const AttentionParams<Scalar>& p, const LaunchConfig& config,
+                                       const Tile tile, int head) {
     const int lane = threadIdx.x % kWarpSize, g = lane / 4, q = lane % 4;
     const int num_queries = tile.queries;
     least_limit = tile.length - (num_queries - 1);
@@ -159,118 +251,214 @@ struct Queries {
         limit[n][i] = min(tile.length, least_limit + config.query_of(n * 8 + 2 * q + i));
       const int row = n * 8 + g, query = config.query_of(row);
       const bool valid = query < num_queries;
-      const typename C::Scalar* from = p.q + (int64_t(tile.token) + query) * p.q_stride +
-                                       (head * p.group + row - query * p.group) * C::kHeadDim;
+      const Scalar* from = p.q + (int64_t(tile.token) + query) * p.q_stride +
+                           (head * p.group + row - query * p.group) * C::kHeadDim;
 #pragma unroll
       for (int k = 0; k < C::kHeadDim / 16; ++k) {
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const int d = C::kFp8 ? k * 16 + 4 * q + 2 * half : k * 16 + 2 * q + 8 * half;
-          uint32_t v = valid ? *reinterpret_cast<const uint32_t*>(from + d) : 0u;
-          if constexpr (!std::is_same_v<typename C::Scalar, typename C::Product>) {
-            __nv_bfloat162 pair;
-            memcpy(&pair, &v, sizeof(v));
-            const float2 f = __bfloat1622float2(pair);
-            constexpr float kMaxHalf = 65504.0f;
-            const __half2 h = __floats2half2_rn(fminf(fmaxf(f.x, -kMaxHalf), kMaxHalf),
-                                                fminf(fmaxf(f.y, -kMaxHalf), kMaxHalf));
-            memcpy(&v, &h, sizeof(v));
-          }
-          fragment[n][k][half] = v;
-        }
+        for (int half = 0; half < 2; ++half)
+          fragment[n][k][half] = valid ? *reinterpret_cast<const uint32_t*>(from + element_of(k, half)) : 0u;
+      }
+      if (p.append.k != nullptr && valid) rotate_row(n, p, least_limit - 1 + query);
+      if constexpr (!std::is_same_v<Scalar, typename C::Product>) to_half(n);
+    }
+  }
+
+ private:
+  __device__ __forceinline__ void rotate_row(int n, const AttentionParams<Scalar>& p, int position) {
+    const float* angles = p.append.cos_sin + position * p.append.cos_sin_stride;
+    constexpr int kHalf = C::kHeadDim / 2;
+#pragma unroll
+    for (int k = 0; k < kHalf / 16; ++k) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int d = element_of(k, half);
+        uint32_t &low = fragment[n][k][half], &high = fragment[n][k + kHalf / 16][half];
+        const HalfPairs v = nf::rotate({widen_pair<Scalar>(low), widen_pair<Scalar>(high)},
+                                       *reinterpret_cast<const float2*>(angles + d),
+                                       *reinterpret_cast<const float2*>(angles + kHalf + d));
+        low = round_pair<Scalar>(v.low), high = round_pair<Scalar>(v.high);
+      }
+    }
+  }
+
+  __device__ __forceinline__ void to_half(int n) {
+#pragma unroll
+    for (int k = 0; k < C::kHeadDim / 16; ++k) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const float2 f = widen_pair<Scalar>(fragment[n][k][half]);
+        constexpr float kMaxHalf = 65504.0f;
+        fragment[n][k][half] = round_pair<__half>(
+            {fminf(fmaxf(f.x, -kMaxHalf), kMaxHalf), fminf(fmaxf(f.y, -kMaxHalf), kMaxHalf)});
       }
     }
   }
 };
 
-// s [tile of rows][4] = this warp's 16 tokens of the page at `page` * Q^T, unscaled.
+// A warp's result of a leaf, as the products leave it: rows 2q and 2q+1 of each n, d by t and lane.
 template <class C>
-__device__ __forceinline__ void score_page(float (&s)[C::kTilesN][4], uint32_t page,
-                                           const Queries<C>& queries) {
-  const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
-  const int token = warp * 16 + (lane >> 3 & 1) * 8 + lane % 8;
+struct Fragments {
+  float o[C::kTilesM][C::kTilesN][4];
+  float m[C::kTilesN][2];  // largest score, in units of log 2
+  float l[C::kTilesN][2];  // sum of the weights
+
+  __device__ __forceinline__ void clear() {
 #pragma unroll
-  for (int n = 0; n < C::kTilesN; ++n) s[n][0] = s[n][1] = s[n][2] = s[n][3] = 0.0f;
+    for (int n = 0; n < C::kTilesN; ++n) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) m[n][i] = -INFINITY, l[n][i] = 0.0f;
+#pragma unroll
+      for (int t = 0; t < C::kTilesM; ++t) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) o[t][n][e] = 0.0f;
+      }
+    }
+  }
+};
+
+template <class C>
+using Scores = float[2][C::kTilesN][4];  // of 16 tokens each: rows g and g+8, columns 2q and 2q+1
+
+// score = the warp's 32 tokens * Q^T, unscaled. Even and odd steps in two chains, which are half as long.
+template <class C>
+__device__ __forceinline__ void score_unit(Scores<C>& score, const Unit<C>& keys, const Queries<C>& queries) {
+  const int lane = threadIdx.x % kWarpSize, token = (lane >> 3 & 1) * 8 + lane % 8;
+  Scores<C> chain[2] = {};
 #pragma unroll
   for (int pair = 0; pair < C::kChunks / 2; ++pair) {  // 32 bytes of each row
-    uint32_t r[4];
-    ptx::load_matrices(r, page + chunk_offset<C>(token, pair * 2 + (lane >> 4)));
-    if constexpr (!C::kFp8) {
 #pragma unroll
-      for (int n = 0; n < C::kTilesN; ++n)
-        ptx::mma<typename C::Product>(s[n], r, queries.fragment[n][pair][0], queries.fragment[n][pair][1]);
-    } else {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const uint32_t low = r[2 * half], high = r[2 * half + 1];  // rows g and g+8
-        const uint32_t a[4] = {widen_e4m3(low & 0xffff), widen_e4m3(high & 0xffff), widen_e4m3(low >> 16),
-                               widen_e4m3(high >> 16)};
+    for (int tile = 0; tile < 2; ++tile) {
+      uint32_t r[4];
+      ptx::load_matrices(r, keys.chunk(tile * 16, token, pair * 2 + (lane >> 4)));
+      if constexpr (!C::kFp8) {
 #pragma unroll
         for (int n = 0; n < C::kTilesN; ++n)
-          ptx::mma<typename C::Product>(s[n], a, queries.fragment[n][2 * pair + half][0],
-                                        queries.fragment[n][2 * pair + half][1]);
+          ptx::mma<typename C::Product>(chain[pair % 2][tile][n], r, queries.fragment[n][pair][0],
+                                        queries.fragment[n][pair][1]);
+      } else {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const uint32_t low = r[2 * half], high = r[2 * half + 1];  // rows g and g+8
+          const uint32_t a[4] = {widen_e4m3(low & 0xffff), widen_e4m3(high & 0xffff), widen_e4m3(low >> 16),
+                                 widen_e4m3(high >> 16)};
+#pragma unroll
+          for (int n = 0; n < C::kTilesN; ++n)
+            ptx::mma<typename C::Product>(chain[half][tile][n], a, queries.fragment[n][2 * pair + half][0],
+                                          queries.fragment[n][2 * pair + half][1]);
+        }
       }
+    }
+  }
+#pragma unroll
+  for (int tile = 0; tile < 2; ++tile) {
+#pragma unroll
+    for (int n = 0; n < C::kTilesN; ++n) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) score[tile][n][e] = chain[0][tile][n][e] + chain[1][tile][n][e];
     }
   }
 }
 
-// One step over 32 tokens of a page: the fragments of V^T for the first and the second 16 of them, for m-tile
-// `t`.
+// exp2(m - reference), 0 for a state without keys.
+__device__ __forceinline__ float weight_of(float m, float reference) {
+  return ptx::exp2_flush(m - (reference == -INFINITY ? 0.0f : reference));
+}
+
+// Scores -> weights, in units of the maximum, to which the state is rescaled; as the fragments of P^T that
+// its product with V^T takes: weights[tile] are 16 tokens.
 template <class C>
-__device__ __forceinline__ void load_values(uint32_t (&a)[2][4], uint32_t page, int tokens, int t) {
-  const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
-  const int m_tile = warp * C::kTilesM + t;
+__device__ __forceinline__ void to_weights(uint32_t (&weights)[2][C::kTilesN][2], Fragments<C>& state,
+                                           Scores<C>& score, float scale, const Queries<C>& queries,
+                                           int first_token) {
+  const int g = threadIdx.x % kWarpSize / 4;
+  const bool masks = first_token + C::kStepTokens > queries.least_limit;
+#pragma unroll
+  for (int n = 0; n < C::kTilesN; ++n) {
+    float rescale[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      float largest = state.m[n][i];
+#pragma unroll
+      for (int tile = 0; tile < 2; ++tile) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          float& v = score[tile][n][2 * half + i];
+          v *= scale;
+          if (masks && first_token + tile * 16 + half * 8 + g >= queries.limit[n][i]) v = -INFINITY;
+          largest = fmaxf(largest, v);
+        }
+      }
+#pragma unroll
+      for (int mask = 4; mask < kWarpSize; mask *= 2)
+        largest = fmaxf(largest, __shfl_xor_sync(kFullWarp, largest, mask));
+      rescale[i] = weight_of(state.m[n][i], largest);
+      state.m[n][i] = largest;
+      state.l[n][i] *= rescale[i];
+    }
+#pragma unroll
+    for (int tile = 0; tile < 2; ++tile) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const float2 pair{weight_of(score[tile][n][2 * half], state.m[n][0]),
+                          weight_of(score[tile][n][2 * half + 1], state.m[n][1])};
+        weights[tile][n][half] = ptx::transpose_matrix(round_pair<typename C::Product>(pair));
+      }
+    }
+#pragma unroll
+    for (int t = 0; t < C::kTilesM; ++t) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) state.o[t][n][e] *= rescale[e & 1];
+    }
+  }
+}
+
+// The fragments of V^T of the unit's 2 x 16 tokens, for m-tile t.
+template <class C>
+__device__ __forceinline__ void load_values(uint32_t (&a)[2][4], const Unit<C>& values, int t) {
+  const int lane = threadIdx.x % kWarpSize;
   if constexpr (!C::kFp8) {
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int token = tokens + half * 16 + (lane >> 4) * 8 + lane % 8;
-      ptx::load_matrices_trans(a[half], page + chunk_offset<C>(token, m_tile * 2 + (lane >> 3 & 1)));
-    }
+    for (int tile = 0; tile < 2; ++tile)
+      ptx::load_matrices_trans(a[tile],
+                               values.chunk(tile * 16, (lane >> 4) * 8 + lane % 8, t * 2 + (lane >> 3 & 1)));
   } else {
     uint32_t r[4];
-    ptx::load_matrices_trans(r, page + chunk_offset<C>(tokens + lane, m_tile));
+    ptx::load_matrices_trans(r, values.chunk(0, lane, t));
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {  // a register has tokens 2q, 2q+1 of d = 2g, 2g+1
-      const uint32_t first = __byte_perm(r[2 * half], 0, 0x3120),
-                     second = __byte_perm(r[2 * half + 1], 0, 0x3120);
-      a[half][0] = widen_e4m3(first & 0xffff), a[half][1] = widen_e4m3(first >> 16);
-      a[half][2] = widen_e4m3(second & 0xffff), a[half][3] = widen_e4m3(second >> 16);
+    for (int tile = 0; tile < 2; ++tile) {  // a register has tokens 2q, 2q+1 of d = 2g, 2g+1
+      const uint32_t first = __byte_perm(r[2 * tile], 0, 0x3120),
+                     second = __byte_perm(r[2 * tile + 1], 0, 0x3120);
+      a[tile][0] = widen_e4m3(first & 0xffff), a[tile][1] = widen_e4m3(first >> 16);
+      a[tile][2] = widen_e4m3(second & 0xffff), a[tile][3] = widen_e4m3(second >> 16);
     }
   }
 }
 
 // o and l += V^T * P^T and 1 * P^T: the sum of the weights comes from the same product, rounded as they are.
 template <class C>
-__device__ __forceinline__ void add_values(State<C>& state, uint32_t page, uint32_t weights) {
-  const int lane = threadIdx.x % kWarpSize;
+__device__ __forceinline__ void add_values(Fragments<C>& state, const Unit<C>& values,
+                                           const uint32_t (&weights)[2][C::kTilesN][2]) {
   constexpr uint32_t kOne = std::is_same_v<typename C::Product, __half> ? 0x3C003C00u : 0x3F803F80u;
   const uint32_t ones[4] = {kOne, kOne, kOne, kOne};
 #pragma unroll
-  for (int tokens = 0; tokens < kPageSize; tokens += 32) {
-    uint32_t p[C::kTilesN][4];
+  for (int t = 0; t < C::kTilesM; ++t) {
+    uint32_t a[2][4];
+    load_values<C>(a, values, t);
 #pragma unroll
-    for (int n = 0; n < C::kTilesN; ++n) {
-      const int row = n * 8 + lane % 8, column = tokens + lane / 8 * 8;
-      ptx::load_matrices(p[n], weights + uint32_t(row * (kPageSize + 8) + column) * 2);
+    for (int tile = 0; tile < 2; ++tile) {
+#pragma unroll
+      for (int n = 0; n < C::kTilesN; ++n)
+        ptx::mma<typename C::Product>(state.o[t][n], a[tile], weights[tile][n][0], weights[tile][n][1]);
     }
+  }
 #pragma unroll
-    for (int t = 0; t < C::kTilesM; ++t) {
-      uint32_t a[2][4];
-      load_values<C>(a, page, tokens, t);
+  for (int n = 0; n < C::kTilesN; ++n) {
+    float sum[4] = {state.l[n][0], state.l[n][1], 0.0f, 0.0f};
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-#pragma unroll
-        for (int n = 0; n < C::kTilesN; ++n)
-          ptx::mma<typename C::Product>(state.o[t][n], a[half], p[n][2 * half], p[n][2 * half + 1]);
-      }
-    }
-#pragma unroll
-    for (int n = 0; n < C::kTilesN; ++n) {
-      float sum[4] = {state.l[n][0], state.l[n][1], 0.0f, 0.0f};
-      ptx::mma<typename C::Product>(sum, ones, p[n][0], p[n][1]);
-      ptx::mma<typename C::Product>(sum, ones, p[n][2], p[n][3]);
-      state.l[n][0] = sum[0], state.l[n][1] = sum[1];
-    }
+    for (int tile = 0; tile < 2; ++tile)
+      ptx::mma<typename C::Product>(sum, ones, weights[tile][n][0], weights[tile][n][1]);
+    state.l[n][0] = sum[0], state.l[n][1] = sum[1];
   }
 }
 

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The line of pages (host/attention_schedule.h) on the device: its tiles, and where a page of it lies.
+// The line of pages (host/attention_schedule.h) on the device: its tiles, and where a leaf of it lies.
 #pragma once
 
 #include "host/attention_schedule.h"
@@ -7,14 +7,27 @@
 
 namespace nf::attn {
 
+constexpr int kMaxTokens = 1 << 20;  // of a launch
+constexpr int kManyBefore = 127;     // of a prompt
+
 // Some queries of one sequence that are computed together.
 struct alignas(16) Tile {
-  int start_page;       // pages of all tiles before
-  int length;           // cached tokens that the last of its queries sees
-  uint32_t token : 27;  // first query, a row of q
-  uint32_t queries : 5;
+  int start_page;        // pages of all tiles before
+  int length;            // cached tokens that the last of its queries sees
+  uint32_t token : 20;   // first query, a row of q
+  uint32_t queries : 5;  // 1..16
+  uint32_t before : 7;   // new tokens of the sequence before these; kManyBefore means "as many or more"
   uint16_t seq;
   uint16_t leaf;  // pages of a leaf
+
+  // Cached tokens that earlier steps have written, at least.
+  __device__ __forceinline__ int num_old() const {
+    return before < kManyBefore ? length - int(queries) - int(before) : 0;
+  }
+  // The row of q, k and v of the token at `position`, which is one of the new ones.
+  __device__ __forceinline__ int row_of(int position) const {
+    return int(token) + int(queries) - length + position;
+  }
 };
 
 struct Line {
@@ -29,43 +42,57 @@ struct Line {
   __device__ __forceinline__ int pair_begin(int tile, int head) const {
     return tiles[tile].start_page * num_kv_heads + head * pages(tile);
   }
-};
-
-// A page of the line.
-struct Cursor {
-  int tile, head, page, pages;  // `pages` of the tile
-
-  __device__ __forceinline__ void advance(const Line& line) {
-    if (++page < pages) return;
-    page = 0;
-    if (++head < line.num_kv_heads) return;
-    head = 0;
-    if (++tile < line.num_tiles) pages = line.pages(tile);
-  }
-};
-
-__device__ __forceinline__ Cursor cursor_at(const Line& line, int at) {  // at < total
-  int tile = 0;
-  for (int count = line.num_tiles;
-       count > 1;) {  // of [tile, tile + count), the last that starts at or before `at`
-    const int half = count / 2;
-    if (line.tiles[tile + half].start_page * line.num_kv_heads <= at) {
-      tile += half;
-      count -= half;
-    } else {
-      count = half;
+  // The last tile that starts at or before page `at`, which is less than total().
+  __device__ __forceinline__ int tile_at(int at) const {
+    int tile = 0;
+    for (int count = num_tiles; count > 1;) {  // it is in [tile, tile + count)
+      const int half = count / 2;
+      if (tiles[tile + half].start_page * num_kv_heads <= at) {
+        tile += half;
+        count -= half;
+      } else {
+        count = half;
+      }
     }
+    return tile;
   }
-  const int pages = line.pages(tile), offset = at - line.tiles[tile].start_page * line.num_kv_heads;
-  return {tile, offset / pages, offset % pages, pages};
+};
+
+// A leaf of the line: pages [first, end) of a tile and head.
+struct Leaf {
+  int tile, head, first, end;
+  int pages;  // of the tile
+
+  __device__ __forceinline__ int size() const { return end - first; }
+  __device__ __forceinline__ bool ends_pair() const { return end == pages; }
+
+  // To the next leaf, which exists.
+  __device__ __forceinline__ void advance(const Line& line) {
+    first = end;
+    if (first == pages) {
+      first = 0;
+      if (++head == line.num_kv_heads) {
+        head = 0;
+        pages = line.pages(++tile);
+      }
+    }
+    end = min(first + line.tiles[tile].leaf, pages);
+  }
+};
+
+// The leaf that starts at page `at` of the line, which is less than total().
+__device__ __forceinline__ Leaf leaf_at(const Line& line, int at) {
+  const int tile = line.tile_at(at), pages = line.pages(tile);
+  const int offset = at - line.pair_begin(tile, 0), head = offset / pages, first = offset - head * pages;
+  return {tile, head, first, min(first + line.tiles[tile].leaf, pages), pages};
 }
 
 // The first leaf's start at or after page `at`.
 __device__ __forceinline__ int next_leaf_start(const Line& line, int at) {
   if (at >= line.total()) return line.total();
-  const Cursor c = cursor_at(line, at);
-  const int leaf = line.tiles[c.tile].leaf;
-  return at - c.page + min(ceil_div(c.page, leaf) * leaf, c.pages);
+  const int tile = line.tile_at(at), pages = line.pages(tile), leaf = line.tiles[tile].leaf;
+  const int page = (at - line.pair_begin(tile, 0)) % pages;
+  return at - page + min(ceil_div(page, leaf) * leaf, pages);
 }
 
 // By one warp: the tiles of all sequences with at most `most_queries` queries, of up to `queries_per_tile`.
@@ -95,8 +122,13 @@ __device__ __forceinline__ int build_tiles(Tile* tiles, int capacity, const int6
     const int mine = queries == 1 ? 1 : ceil_div(queries, queries_per_tile), sum = inclusive_sum(mine);
     for (int i = 0, at = num_tiles + sum - mine; i < mine && at < capacity; ++i, ++at) {
       const int begin = i * queries_per_tile, end = min(begin + queries_per_tile, queries);
-      tiles[at] = {0, length - queries + end, uint32_t(first + begin), uint32_t(end - begin), uint16_t(seq),
-                   0};
+      tiles[at] = {.start_page = 0,
+                   .length = length - queries + end,
+                   .token = uint32_t(first + begin),
+                   .queries = uint32_t(end - begin),
+                   .before = uint32_t(min(begin, kManyBefore)),
+                   .seq = uint16_t(seq),
+                   .leaf = 0};
     }
     num_tiles += __shfl_sync(kFullWarp, sum, kWarpSize - 1);
   }

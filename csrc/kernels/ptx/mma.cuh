@@ -62,4 +62,19 @@ __device__ __forceinline__ void store_matrices_trans(uint32_t smem_address, cons
                : "memory");
 }
 
+// The transposed 8 x 8 matrix of 16-bit elements: from (row g, cols 2q, 2q+1) to (cols 2q, 2q+1 of what was
+// column g).
+__device__ __forceinline__ uint32_t transpose_matrix(uint32_t v) {
+  uint32_t r;
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(r) : "r"(v));
+  return r;
+}
+
+// 2^x in one instruction; what is no normal number is 0.
+__device__ __forceinline__ float exp2_flush(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 }  // namespace nf::ptx

@@ -10,6 +10,7 @@
 #include "kernels/common/launch.h"
 #include "kernels/common/vec.cuh"
 #include "kernels/rope/rope_append.h"
+#include "kernels/rope/rotate.cuh"
 
 namespace nf {
 namespace {
@@ -26,13 +27,13 @@ __device__ __forceinline__ void load8(float (&to)[8], const float* from) {  // `
 }
 
 template <class Scalar>
-__device__ __forceinline__ void rotate(Vec<Scalar>& low, Vec<Scalar>& high, const Angles& a) {
+__device__ __forceinline__ void rotate_vecs(Vec<Scalar>& low, Vec<Scalar>& high, const Angles& a) {
 #pragma unroll
   for (int i = 0; i < Vec<Scalar>::kPairs; ++i) {
-    const float2 l = low.pair(i), h = high.pair(i);
-    const float c0 = a.cos[2 * i], c1 = a.cos[2 * i + 1], s0 = a.sin[2 * i], s1 = a.sin[2 * i + 1];
-    low.round_pair(i, {l.x * c0 - h.x * s0, l.y * c1 - h.y * s1});
-    high.round_pair(i, {h.x * c0 + l.x * s0, h.y * c1 + l.y * s1});
+    const HalfPairs v = rotate({low.pair(i), high.pair(i)}, {a.cos[2 * i], a.cos[2 * i + 1]},
+                               {a.sin[2 * i], a.sin[2 * i + 1]});
+    low.round_pair(i, v.low);
+    high.round_pair(i, v.high);
   }
 }
 
@@ -45,9 +46,8 @@ __device__ __forceinline__ void store_kv(void* cache, int64_t element, const Vec
     uint32_t half[2];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const float2 a = v.pair(2 * i), b = v.pair(2 * i + 1);
-      const uint32_t low = __nv_cvt_float2_to_fp8x2({a.x / scale, a.y / scale}, __NV_SATFINITE, __NV_E4M3);
-      const uint32_t high = __nv_cvt_float2_to_fp8x2({b.x / scale, b.y / scale}, __NV_SATFINITE, __NV_E4M3);
+      const uint32_t low = divide_to_e4m3(v.pair(2 * i), scale),
+                     high = divide_to_e4m3(v.pair(2 * i + 1), scale);
       half[i] = low | high << 16;
     }
     *reinterpret_cast<uint2*>(static_cast<__nv_fp8_e4m3*>(cache) + element) = {half[0], half[1]};
@@ -73,7 +73,7 @@ __global__ void __launch_bounds__(kThreads) rope_append_kernel(const RopeAppendP
     Angles angles;
     load8(angles.cos, row);
     load8(angles.sin, row + half);
-    rotate(low, high, angles);
+    rotate_vecs(low, high, angles);
     store_vec(at, 0, low);
     store_vec(at + half, 0, high);
   }

@@ -6,7 +6,8 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from nemotron_fast.dtypes import DTYPE_BYTES, FLOAT_BYTES
+from nemotron_fast.dtypes import DTYPE_BYTES, FLOAT_BYTES, FP8
+from nemotron_fast.quant_config import FP8_STATIC
 
 if TYPE_CHECKING:
     from nemotron_fast.llm import LLM
@@ -29,7 +30,11 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--dtype", choices=("auto", *FLOAT_BYTES), default="auto", help="of the activations (default: the checkpoint's)"
     )
-    group.add_argument("--quantize", choices=("fp8",), help="quantise the linears while loading")
+    group.add_argument(
+        "--quantize",
+        choices=(FP8, FP8_STATIC),
+        help="quantise the linears while loading; fp8-static: random weights in the layout of NVIDIA's FP8 checkpoints",
+    )
     group.add_argument("--kv-dtype", choices=("auto", *DTYPE_BYTES), default="auto", help="of the KV cache")
     group.add_argument("--max-model-len", metavar="N", type=int, help="tokens of one sequence (default: what fits)")
     group.add_argument("--max-num-seqs", metavar="N", type=int, help="sequences at once; the KV cache is for so many")

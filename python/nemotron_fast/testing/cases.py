@@ -167,9 +167,9 @@ class AttentionCase:
 
 
 ATTENTION_BENCH = (
-    *(AttentionCase(S, length, fp8_kv=fp8) for fp8, S, length in product((False, True), (1, 8, 64), (1024, 8192))),
-    AttentionCase(1, 131072),
-    AttentionCase(1, 8192, K=4),
+    *(AttentionCase(S, length, fp8_kv=fp8) for fp8, S, length in product((False, True), (8, 16, 64), (2048, 8192))),
+    *(AttentionCase(1, length, fp8_kv=fp8) for fp8, length in product((False, True), (128, 1024, 2048, 8192, 131072))),
+    *(AttentionCase(1, length, K=4) for length in (1024, 8192)),
 )
 ATTENTION_BENCH_CPU = (AttentionCase(2, 300, H=8, K=1), AttentionCase(1, 200, H=8, K=2, fp8_kv=True))
 PREFILL_BENCH = (
@@ -182,6 +182,23 @@ PREFILL_BENCH = (
     AttentionCase(1, 8192, 8192, H=32, D=64),
 )
 PREFILL_BENCH_CPU = (AttentionCase(1, 128, 128, 8, 1), AttentionCase(2, 100, 40, 8, 2))
+
+
+@dataclass(frozen=True)
+class DecodeCase(AttentionCase):
+    """decode_attention: RoPE and KV append as well; the bytes that these add are a few per mille."""
+
+    op: str = "decode_attention"
+
+    def __str__(self) -> str:
+        return f"decode_{super().__str__()}"
+
+
+DECODE_BENCH = tuple(
+    DecodeCase(S, length, fp8_kv=fp8)
+    for fp8, (S, length) in product((False, True), [*product((1,), (128, 1024, 2048, 8192)), (16, 2048), (64, 1024)])
+)
+DECODE_BENCH_CPU = (DecodeCase(2, 300, H=8, K=1), DecodeCase(1, 200, H=8, K=2, fp8_kv=True))
 
 
 @dataclass(frozen=True)
