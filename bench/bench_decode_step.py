@@ -29,6 +29,7 @@ from typing import Any
 import torch
 
 from nemotron_fast import LLM, SamplingParams
+from nemotron_fast.async_llm import MIXED_TOKENS
 from nemotron_fast.engine import Engine
 from nemotron_fast.footprint import kv_bytes_per_token
 from nemotron_fast.metrics import Latency
@@ -235,6 +236,7 @@ def main() -> None:
         kv_dtype=args.kv_dtype,
         max_model_len=max(max(contexts) + num_steps(args), args.beside) + 1,
         max_num_seqs=max(batches) + (args.beside > 0),
+        max_mixed_tokens=MIXED_TOKENS,
     )
     print(f"{timing.device_name(llm.device)}: {ceilings}; model ready in {time.perf_counter() - begin:.1f} s")
     fill_randomly(llm.engine)

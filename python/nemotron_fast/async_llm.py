@@ -25,6 +25,10 @@ from nemotron_fast.prompts import Message, Prompt
 from nemotron_fast.sampling_params import SamplingParams
 from nemotron_fast.text_engine import Group, drain
 
+# Tokens of a step in which some decode. Up to here its time is mostly that of reading the weights, so that a long
+# prompt holds up nobody's stream.
+MIXED_TOKENS = 256
+
 Parcel = list[Delta] | Exception  # what one step brings to a stream
 
 
@@ -38,10 +42,12 @@ class _Stream:
 
 
 class AsyncLLM:
-    """Takes the arguments of LLM. Close it, or use it in an `async with` statement."""
+    """Takes the arguments of LLM; max_mixed_tokens is 256 unless given. Close it, or use it in an `async with`
+    statement.
+    """
 
     def __init__(self, model: str, **options: Any) -> None:
-        self._llm = LLM(model, **options)
+        self._llm = LLM(model, **{"max_mixed_tokens": MIXED_TOKENS} | options)
         self._text = self._llm.text_engine
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()  # None: close
         self._streams: set[_Stream] = set()  # of the thread

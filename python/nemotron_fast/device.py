@@ -15,9 +15,8 @@ from nemotron_fast.errors import DeviceError, RequestError
 HOPPER = (9, 0)
 GPU_OPS = frozenset({*cpu_backend.OP_NAMES} - {"linear"})  # there, linears are packed
 
-# Whether "auto" may choose a GPU: only once `pytest -m gpu` has passed on the kernels as they are. The GEMM, prefill
-# attention and the norms have come or changed since; until then a GPU has to be asked for.
-AUTO_TAKES_GPU = False
+# Whether "auto" may choose a GPU: only while `pytest -m gpu` passes on the kernels as they are.
+AUTO_TAKES_GPU = True
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 KV_DTYPES = DTYPES | {"fp8": reference.FP8}

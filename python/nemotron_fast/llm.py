@@ -22,7 +22,6 @@ from nemotron_fast.sequence_text import make_result
 from nemotron_fast.text_engine import TextEngine, drain, is_drained
 
 GPU_BATCHED_TOKENS, CPU_BATCHED_TOKENS = 2048, 512  # tokens of one step
-GPU_MIXED_TOKENS = 256  # of one that decodes as well: up to here a step's time is mostly that of reading the weights
 GPU_KV_SHARE, CPU_KV_SHARE = 0.9, 0.5  # of the memory left by weights and workspace, at most, for the KV cache
 
 
@@ -40,7 +39,7 @@ class LLM:
         max_num_seqs: sequences that run at once.
         max_batched_tokens: tokens of one step, prompts and decoding together; None = 2048 on a GPU, 512 on a CPU.
         max_mixed_tokens: the same for steps in which some decode, which bounds the time between their tokens;
-            None = 256 on a GPU, no other bound on a CPU.
+            None = no other bound: who waits for all results is served best by full steps.
         prefix_caching: keep the KV of finished requests, and share it with those that begin alike.
         seed: base of the seeds of requests that bring none.
         tensor_parallel_size: only 1 is supported so far.
@@ -105,7 +104,7 @@ class LLM:
             num_pages=num_pages,
             max_num_seqs=max_num_seqs,
             max_batched_tokens=batched_tokens,
-            max_mixed_tokens=max_mixed_tokens or (GPU_MIXED_TOKENS if on_gpu else None),
+            max_mixed_tokens=max_mixed_tokens,
             prefix_caching=prefix_caching,
             seed=seed,
             overlap=on_gpu,

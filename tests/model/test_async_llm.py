@@ -34,6 +34,15 @@ def run(body, **options):
     return asyncio.run(main())
 
 
+def test_long_prompts_hold_no_stream_up():
+    async def body(llm):
+        return llm._llm.engine.options.max_mixed_tokens
+
+    assert run(body) == 256
+    assert run(body, max_mixed_tokens=None) is None
+    assert run(body, max_mixed_tokens=32) == 32
+
+
 def test_many_at_once_equal_generate(want):
     async def body(llm):
         results = await asyncio.gather(*(llm.generate(p, GREEDY) for p in PROMPTS))

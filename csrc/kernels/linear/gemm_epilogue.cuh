@@ -34,6 +34,7 @@ __device__ __forceinline__ float2 pair_of(uint32_t bits) {
 struct TileScales {
   alignas(8) float token[kTileTokens];
   float row[kTileRows];
+  Divisor out;  // the same for all tiles
 
   __device__ __forceinline__ void start_loading(const PackedLinearParams& p, int first_row, int first_token,
                                                 int thread) {
@@ -89,7 +90,6 @@ struct HalfTile {
     const uint32_t base = ptx::smem_address(staging);
 #pragma unroll
     for (int i = 0; i < kHalfRegs / 4; i += 2) {
-      asm volatile("" ::: "memory");  // 16 tokens at a time: fewer registers
       uint32_t words[4];
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
@@ -108,7 +108,6 @@ struct HalfTile {
     const uint32_t base = ptx::smem_address(staging);
 #pragma unroll
     for (int i = 0; i < kHalfRegs / 4; i += 4) {
-      asm volatile("" ::: "memory");
       uint32_t words[4];
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
@@ -120,34 +119,51 @@ struct HalfTile {
     }
   }
 
+  __device__ __forceinline__ void store_floats(const float (&r_acc)[kHalfRegs], float low_scale,
+                                               float high_scale, int warp, int lane) const {
+    const int strip = row + warp * kStripRows, token_in_group = token + first + lane % 4 * 2;
+    if (strip >= p.num_rows) return;
+#pragma unroll
+    for (int i = 0; i < kHalfRegs / 4; ++i) {
+      scaled(&r_acc[i * 4], i, low_scale, high_scale, lane, [&](float2 low, float2 high) {
+        const int t = token_in_group + i * 8;
+        float* to = static_cast<float*>(p.out) + t * p.out_stride + strip + lane / 4;
+        if (t < p.num_tokens) to[0] = low.x, to[8] = high.x;
+        if (t + 1 < p.num_tokens) to[p.out_stride] = low.y, to[p.out_stride + 8] = high.y;
+      });
+    }
+  }
+
   // f(element offset in the output, 8 values) for this thread's share of the staged rows of kChunks * 8.
   template <int kChunks, class F>
   __device__ __forceinline__ void for_staged(int first_column, int num_columns, int thread, F&& f) const {
     const int chunk = thread % kChunks, column = first_column + chunk * 8;
     if (column >= num_columns) return;
+    constexpr int kStep = kWarpgroupThreads / kChunks, kSteps = kHalfTileTokens / kStep;
+    const int begin = thread / kChunks, num_left = p.num_tokens - (token + first + begin);
+    Vec<__nv_bfloat16> staged[kSteps];
 #pragma unroll
-    for (int t = thread / kChunks; t < kHalfTileTokens; t += kWarpgroupThreads / kChunks) {
-      if (token + first + t >= p.num_tokens) break;
-      f((token + first + t) * p.out_stride + column,
-        load_vec(reinterpret_cast<const __nv_bfloat16*>(&staging[staged_offset<kChunks>(t, chunk)]), 0));
-    }
+    for (int i = 0; i < kSteps; ++i)
+      staged[i] = load_vec(
+          reinterpret_cast<const __nv_bfloat16*>(&staging[staged_offset<kChunks>(begin + i * kStep, chunk)]), 0);
+    const int64_t at = (token + first + begin) * p.out_stride + column, step = kStep * p.out_stride;
+#pragma unroll
+    for (int i = 0; i < kSteps; ++i)
+      if (i * kStep < num_left) f(at + i * step, staged[i]);
   }
 
   __device__ __forceinline__ void store(const float (&r_acc)[kHalfRegs], int thread) const {
     const int warp = thread / kWarpSize, lane = thread % kWarpSize;
-    if (p.out_type == OutType::kFloat) {
-      finish<false>(r_acc, p, row + warp * kStripRows, token + first, lane, nullptr,
-                    [&](int t) { return token_scale(p, t); });
-      return;
-    }
     auto* out = static_cast<__nv_bfloat16*>(p.out);
     sync();  // what was staged before has been read, the scales are there
     const float* row_scales = &scales.row[warp * kStripRows + lane / 4];
     const float low_scale = row_scales[0], high_scale = row_scales[8];
-    if (p.epilogue == Epilogue::kSwiglu) {
+    if (p.out_type == OutType::kFloat) {
+      store_floats(r_acc, low_scale, high_scale, warp, lane);
+    } else if (p.epilogue == Epilogue::kSwiglu) {
       stage_swiglu(r_acc, low_scale, high_scale, warp, lane);
       sync();
-      const Divisor scale(p.out_type == OutType::kFp8 ? *p.out_scale : 1.0f);
+      const Divisor scale = scales.out;
       for_staged<4>(row / 2, p.num_rows / 2, thread, [&](int64_t at, const Vec<__nv_bfloat16>& v) {
         if (p.out_type == OutType::kFp8)
           store_fp8(static_cast<__nv_fp8_e4m3*>(p.out) + at, 0, v, scale);

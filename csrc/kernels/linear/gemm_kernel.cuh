@@ -248,6 +248,7 @@ __device__ __forceinline__ void gemm_consume(GemmSmem& s, const PackedLinearPara
                                              const GemmSchedule& schedule, int k_tiles, int rank, int warp) {
   const int warpgroup = warp / (kWarpgroupThreads / kWarpSize);
   Multiplier<Element> multiplier{s, warpgroup, {}};
+  if (p.out_scale && threadIdx.x % kWarpgroupThreads == 0) s.scales[warpgroup].out = *p.out_scale;
   for (int i = first_tile(); i < schedule.num_tiles; i += gridDim.x / kClusterCtas) {
     const GemmTile tile = schedule.tile(i);
     const int halves = uniform(tile.num_halves);

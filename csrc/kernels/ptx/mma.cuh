@@ -76,5 +76,11 @@ __device__ __forceinline__ float exp2_flush(float x) {
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
+// 1 / x, likewise.
+__device__ __forceinline__ float reciprocal_flush(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
 
 }  // namespace nf::ptx
