@@ -171,8 +171,9 @@ std::vector<Hash> results_of(const std::vector<int>& pages, int num_kv_heads, in
 void check_leaves() {
   EXPECT_EQ(leaf_pages(1, leaves_wanted(8)), 1);
   EXPECT_EQ(leaf_pages(3, leaves_wanted(8)), 3);
-  EXPECT_EQ(leaf_pages(5, leaves_wanted(8)), 2);
-  EXPECT_EQ(leaf_pages(32, leaves_wanted(8)), 2);     // 2048 tokens: 16 leaves in each of 8 heads, 128 in all
+  EXPECT_EQ(leaf_pages(5, leaves_wanted(8)), 4);
+  EXPECT_EQ(leaf_pages(32, leaves_wanted(8)), 4);     // 2048 tokens: the shortest
+  EXPECT_EQ(leaf_pages(128, leaves_wanted(8)), 8);    // 8192 tokens: 16 leaves in each of 8 heads, 128 in all
   EXPECT_EQ(leaf_pages(512, leaves_wanted(8)), 32);   // 32768 tokens: the longest with 16
   EXPECT_EQ(leaf_pages(2048, leaves_wanted(8)), 64);  // 131072 tokens: 32
   EXPECT_EQ(leaf_pages(2048, leaves_wanted(1)), 64);

@@ -138,7 +138,7 @@ def write_json(path: Path, results: list[Result], ceilings: dict[str, float] | N
 def provenance(device: torch.device) -> dict[str, Any]:
     """What is needed to repeat a measurement. NF_COMMIT names the commit of a copy without .git."""
     return {
-        "command": " ".join([Path(sys.executable).name, *sys.argv]),
+        "command": _command(sys.argv),
         "commit": os.environ.get("NF_COMMIT") or _output_of("git", "describe", "--always", "--dirty"),
         "device": device_name(device),
         "driver": _output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "-i", "0"),
@@ -146,6 +146,16 @@ def provenance(device: torch.device) -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "python": platform.python_version(),
     }
+
+
+def _command(argv: list[str]) -> str:
+    """As it was typed, but for where Python and the package lie."""
+    script = Path(argv[0])
+    if script.name == "__main__.py":
+        return " ".join(["python3 -m", script.parent.name, *argv[1:]])
+    if script.is_absolute():  # installed
+        return " ".join([script.name, *argv[1:]])
+    return " ".join(["python3", *argv])
 
 
 def device_name(device: torch.device) -> str:
