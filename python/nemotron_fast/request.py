@@ -51,6 +51,7 @@ class Request:
     num_computed: int = 0
     in_flight: int = 0  # tokens that steps in flight sample for it
     page_keys: list[bytes] = field(default_factory=list)  # of its leading full pages
+    num_shared: int = 0  # pages that it had from others when it last started
     num_published: int = 0  # pages whose content other requests may use
     num_cached: int = 0  # prompt tokens that were found in the cache when it first ran
     sample_row: int = 0  # of the step in flight, that samples its next token

@@ -15,6 +15,7 @@ import time
 from collections import deque
 from dataclasses import dataclass
 
+from nemotron_fast.admission import OutputLengths, peak_pages
 from nemotron_fast.errors import CapacityError
 from nemotron_fast.pages import PAGE_SIZE, PagePool, page_key, pages_for
 from nemotron_fast.request import Request, Status
@@ -57,6 +58,7 @@ class Scheduler:
         self.num_looked_up = 0  # tokens of started requests that the cache was asked for
         self.num_found = 0  # and those it had
         self.num_preempted = 0  # times a request gave its pages back
+        self.output_lengths = OutputLengths()
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []  # in order of arrival
 
@@ -120,6 +122,8 @@ class Scheduler:
         """
         if request in self.running:
             self.running.remove(request)
+            if request.finish_reason in ("stop", "length"):
+                self.output_lengths.learn(request)
         elif request in self.waiting:
             self.waiting.remove(request)
         self._release(request)
@@ -130,12 +134,13 @@ class Scheduler:
         self.pages.check(r.pages for r in self.running)
 
     def _admit(self, budget: int) -> list[Chunk]:
-        """Start waiting requests that the pool holds whole, as they are now."""
+        """Start waiting requests that the pool holds whole, as they are now and probably to their ends."""
         chunks = []
         while self.waiting and budget and len(self.running) < self.max_num_seqs:
             request = self.waiting[0]
             shared = self._find_prefix(request)
-            if request.in_flight or not self.pages.can_hold(shared, pages_for(request.num_tokens) - len(shared)):
+            own = pages_for(request.num_tokens) - len(shared)
+            if request.in_flight or not self.pages.can_hold(shared, own) or not self._has_room_later(request, shared):
                 break
             self.waiting.popleft()
             self._start(request, shared)
@@ -146,9 +151,20 @@ class Scheduler:
             budget -= num_tokens
         return chunks
 
+    def _has_room_later(self, request: Request, shared: list[int]) -> bool:
+        """Whether the pool will probably hold the running requests and this one, which starts with `shared` pages."""
+        if not self.running:
+            return True
+        owned = [r.num_expected - r.num_shared * PAGE_SIZE for r in self.running]  # once its prompt is computed
+        owned.append(request.num_tokens - len(shared) * PAGE_SIZE)
+        left = [self.output_lengths.left(r) for r in (*self.running, request)]
+        # Beginnings that several share, each counted once.
+        others = max(self.pages.num_held - sum(len(r.pages) - r.num_shared for r in self.running), 0)
+        return others + peak_pages(owned, left) <= self.pages.num_pages
+
     def _start(self, request: Request, shared: list[int]) -> None:
         self.pages.share(shared)
-        request.pages, request.num_published = shared, len(shared)
+        request.pages, request.num_shared, request.num_published = shared, len(shared), len(shared)
         request.num_computed = len(shared) * PAGE_SIZE
         self.num_looked_up += request.num_tokens
         self.num_found += request.num_computed
@@ -213,7 +229,7 @@ class Scheduler:
         if request.pages:
             self._publish(request, request.num_computed)
             self.pages.release(request.pages)
-        request.pages, request.num_computed, request.num_published = [], 0, 0
+        request.pages, request.num_computed, request.num_shared, request.num_published = [], 0, 0, 0
 
 
 def _is_decoding(request: Request) -> bool:

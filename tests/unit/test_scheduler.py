@@ -9,11 +9,13 @@ from nemotron_fast.sampling_params import NEUTRAL, SamplingParams
 from nemotron_fast.scheduler import Chunk, Scheduler
 
 
-def make_request(number: int, prompt: int | list[int], max_tokens: int, **options) -> Request:
+def make_request(
+    number: int, prompt: int | list[int], max_tokens: int, stop_ids: frozenset[int] = frozenset({9}), **options
+) -> Request:
     """`prompt`: its tokens, or a number of tokens that no other request has."""
     tokens = [1000 + number] * prompt if isinstance(prompt, int) else prompt
     params = SamplingParams(**NEUTRAL | options)
-    return Request(number, tokens, params, seed=0, max_tokens=max_tokens, stop_ids=frozenset({9}))
+    return Request(number, tokens, params, seed=0, max_tokens=max_tokens, stop_ids=stop_ids)
 
 
 def make_scheduler(num_pages: int, *requests: Request, **options) -> Scheduler:
@@ -105,6 +107,48 @@ def test_a_token_that_comes_after_the_end_is_dropped():
     assert scheduler.receive(in_flight[0].request, 9)  # a stop token
     assert request.finish_reason == "stop" and not scheduler.has_work and scheduler.pages.num_held == 0
     assert not scheduler.receive(ahead[0].request, 2) and request.output == [9]
+
+
+def test_admission_waits_for_room_that_will_surely_be_needed():
+    old, young = (make_request(n, 60, 20, stop_ids=frozenset()) for n in range(2))
+    scheduler = make_scheduler(3, old, young, max_batched_tokens=200)
+    run_step(scheduler)
+    assert scheduler.running == [old], "both would need two pages in the end"
+    run(scheduler)
+    assert scheduler.num_preempted == 0 and len(old.output) == len(young.output) == 20
+
+
+def test_room_counts_until_the_others_end():
+    old, young = make_request(0, 60, 2, stop_ids=frozenset()), make_request(1, 60, 20, stop_ids=frozenset())
+    scheduler = make_scheduler(3, old, young, max_batched_tokens=200)
+    run_step(scheduler)
+    assert scheduler.running == [old, young], "the old one has ended before the young one grows"
+    run(scheduler)
+    assert scheduler.num_preempted == 0
+
+
+def test_admission_learns_how_long_outputs_get():
+    scheduler = make_scheduler(3, max_batched_tokens=200)
+    for number in range(40):
+        scheduler.add(make_request(number, 60, 20))
+        run(scheduler)
+    assert scheduler.output_lengths.share > 0.9
+    scheduler.add(make_request(100, 60, 20))
+    scheduler.add(make_request(101, 60, 20))
+    run_step(scheduler)
+    assert len(scheduler.running) == 1, "outputs have been as long as they may be"
+
+
+def test_a_shared_beginning_is_counted_once():
+    prompt = [5] * 640
+    first = make_request(0, [*prompt, 1], 20, stop_ids=frozenset())
+    scheduler = make_scheduler(14, first, max_batched_tokens=2000)
+    run_step(scheduler)
+    for number in range(1, 4):
+        scheduler.add(make_request(number, [*prompt, number + 1], 20, stop_ids=frozenset()))
+    run_step(scheduler)
+    assert len(scheduler.running) == 4, "10 pages for all and one for each"
+    run(scheduler)
 
 
 def test_a_preempted_request_waits_for_its_token_in_flight():

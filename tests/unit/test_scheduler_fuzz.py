@@ -32,7 +32,7 @@ def alone(request: Request) -> list[int]:
     for token in request.prompt:
         state = digest(state, token)
     output: list[int] = []
-    while len(output) < request.max_tokens and STOP not in output:
+    while len(output) < request.max_tokens and request.stop_ids.isdisjoint(output):
         output.append(state % VOCAB)
         state = digest(state, output[-1])
     return output
@@ -85,9 +85,8 @@ def random_requests(rng: random.Random, num_pages: int) -> list[Request]:
         shared = rng.choice([0, prompt_len // 2, prompt_len])
         prompt = base[:shared] + [rng.randrange(vocab) for _ in range(prompt_len - shared)]
         params = rng.choice([PARAMS] * 9 + [PARAMS_PROMPT])
-        requests.append(
-            Request(number, prompt, params, seed=0, max_tokens=total - prompt_len, stop_ids=frozenset({STOP}))
-        )
+        stop_ids = frozenset({STOP} if rng.random() < 0.8 else ())
+        requests.append(Request(number, prompt, params, seed=0, max_tokens=total - prompt_len, stop_ids=stop_ids))
     return requests
 
 
