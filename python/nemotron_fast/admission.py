@@ -8,25 +8,26 @@ from __future__ import annotations
 from nemotron_fast import pages
 from nemotron_fast.request import Request
 
-RECENT = 16  # requests that the share follows
+RECENT = 16  # requests that the mean follows
 
 
 class OutputLengths:
-    """How far requests get towards their max_tokens: all the way if nothing can stop them, else as those that ended
-    lately did. Before the first has ended, no more than they have is expected of them.
+    """How much requests generate: max_tokens if nothing can stop them before, else the mean of those that ended lately.
+    Before the first has ended, no more than they have is expected of them.
     """
 
     def __init__(self) -> None:
-        self.share = 0.0
+        self.mean = 0.0
 
     def learn(self, ended: Request) -> None:
         """Take in a request that was not aborted."""
-        self.share += (len(ended.output) / ended.max_tokens - self.share) / RECENT
+        self.mean += (len(ended.output) - self.mean) / RECENT
 
     def left(self, request: Request) -> int:
         """Tokens that it will probably still generate."""
-        share = self.share if request.stop_ids or request.params.stop else 1.0
-        return max(int(share * request.max_tokens) - len(request.output), 0)
+        can_stop = request.stop_ids or request.params.stop
+        expected = min(request.max_tokens, round(self.mean)) if can_stop else request.max_tokens
+        return max(expected - len(request.output), 0)
 
 
 def peak_pages(owned: list[int], left: list[int]) -> int:
