@@ -22,7 +22,7 @@ from nemotron_fast.weights import LinearWeight, MLPWeights
 Linear = LinearWeight | PackedWeight
 
 # Tokens that take RowStatsResidual; its kernels take up to 16. On an H200 it was faster at 1, and slower at 8 before
-# its loads overlapped; the present form has not been timed.
+# its loads overlapped; the present form has not been compared.
 FEW_TOKENS = 8
 
 

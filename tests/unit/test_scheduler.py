@@ -146,7 +146,8 @@ def test_short_outputs_do_not_make_long_limits_expected():
         run(scheduler)
     for number in range(100, 108):
         scheduler.add(make_request(number, 60, 3000))
-    run_step(scheduler), run_step(scheduler), run_step(scheduler)
+    for _ in range(3):  # of 200 tokens each
+        run_step(scheduler)
     assert len(scheduler.running) == 8
 
 

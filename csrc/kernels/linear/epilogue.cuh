@@ -118,7 +118,7 @@ __device__ __forceinline__ void finish(const float (&r_acc)[kRegs], const Packed
     for (int i = 0; i < 2; ++i) weight_scale[h][i] = inside ? row_scale(p, row + 8 * h + i) : 1.0f;
   }
   constexpr int kGroups = kRegs / 4;  // of 8 tokens
-  constexpr int kBatch = kGroups <= 4 ? kGroups : 2;
+  constexpr int kBatch = kGroups <= 4 ? kGroups : 2;  // 4 of 8 would spill
   const auto token_of = [&](int group) { return first_token + group * 8 + lane % 4 * 2 + odd_row; };
 #pragma unroll
   for (int first = 0; first < kGroups; first += kBatch) {

@@ -26,10 +26,6 @@ __device__ __forceinline__ uint32_t bits_of(__nv_bfloat162 v) {
   return bits;
 }
 
-__device__ __forceinline__ float2 pair_of(uint32_t bits) {
-  return {__uint_as_float(bits << 16), __uint_as_float(bits & 0xffff0000u)};
-}
-
 // What a warpgroup's tile is scaled by. Copied while it multiplies: a load at the end would wait for L2.
 struct TileScales {
   alignas(8) float token[kTileTokens];

@@ -154,23 +154,23 @@ NF_WGMMA_ROWS(__half, 64, "wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16",
               "%64, %65, %66, %67", "%68", "%69", NF_REGS_128)
 
 // N = 256: the first 128 columns are accumulated in `low`, the others in `high`.
-#define NF_WGMMA_256(kElement, kInstruction, kEnd)                                                           \
-  __device__ __forceinline__ void wgmma(kElement, float(&low)[64], float(&high)[64], uint64_t a, uint64_t b, \
-                                        bool accumulate) {                                                   \
-    asm volatile(                                                                                            \
-        "{\n.reg .pred p;\nsetp.ne.b32 p, %130, 0;\n" kInstruction " {" NF_LIST_128                          \
-        ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, %82, "  \
-        "%83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, %96, %97, %98, %99, %100, %101, "  \
-        "%102, %103, %104, %105, %106, %107, %108, %109, %110, %111, %112, %113, %114, %115, %116, %117, "   \
-        "%118, %119, %120, %121, %122, %123, %124, %125, %126, %127}, %128, %129, p, 1, 1" kEnd ";\n}"       \
-        : NF_64_OF(low), NF_64_OF(high)                                                                      \
-        : "l"(a), "l"(b), "r"(int(accumulate)));                                                             \
-  }
-NF_WGMMA_256(__nv_fp8_e4m3, "wgmma.mma_async.sync.aligned.m64n256k32.f32.e4m3.e4m3", "")
-NF_WGMMA_256(__nv_bfloat16, "wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16", ", 0, 0")
+__device__ __forceinline__ void wgmma(__nv_bfloat16, float (&low)[64], float (&high)[64], uint64_t a,
+                                      uint64_t b, bool accumulate) {
+  asm volatile(
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %130, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16 {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, "
+      "%11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, "
+      "%31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, "
+      "%51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, %64, %65, %66, %67, %68, %69, %70, "
+      "%71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, "
+      "%91, %92, %93, %94, %95, %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, "
+      "%109, %110, %111, %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, "
+      "%126, %127}, %128, %129, p, 1, 1, 0, 0;\n}"
+      : NF_64_OF(low), NF_64_OF(high)
+      : "l"(a), "l"(b), "r"(int(accumulate)));
+}
 
 #undef NF_WGMMA
-#undef NF_WGMMA_256
 #undef NF_WGMMA_ROWS
 #undef NF_LIST_8
 #undef NF_REGS_8
