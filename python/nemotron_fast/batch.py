@@ -22,13 +22,13 @@ class Batch:
     """
 
     token_ids: Tensor  # [T] int64
-    positions: Tensor  # [T] int64, of the token in its sequence
-    slots: Tensor  # [T] int64, page * PAGE_SIZE + offset
+    positions: Tensor | None  # [T] int64, of the token in its sequence; None if padded
+    slots: Tensor | None  # [T] int64, page * PAGE_SIZE + offset; None if padded
     page_table: Tensor  # [S, most pages] int64, rows padded with any page
-    q_start: Tensor  # [S + 1] int64, first token of each sequence
+    q_start: Tensor  # [S + 1] int64, first token of each sequence; tokens behind the last are padding
     kv_len: Tensor  # [S] int64, cached tokens including this step's
     logit_rows: Tensor  # [R] int64, tokens whose logits are wanted: the sampled ones first, then prompt_rows
-    decodes: bool  # every sequence computes one token: its last
+    decodes: bool  # every sequence computes one token, its last, or in a padded batch none
 
 
 @dataclass(frozen=True)

@@ -53,17 +53,15 @@ class Engine:
             )
         self.config, self.options = config, options
         self.device = weights.embed.device
-        scratch_page = options.num_pages if options.padded_decode else None  # one page beyond those of the requests
-        num_pages = options.num_pages + options.padded_decode
         self.model = Model(config, weights, options.max_model_len)
-        self.cache = make_kv_cache(config, num_pages, dtype=kv_dtype, device=self.device)
+        self.cache = make_kv_cache(config, options.num_pages, dtype=kv_dtype, device=self.device)
         self.executor = Executor(
             self.model,
             self.cache,
             max_num_seqs=options.max_num_seqs,
             max_tokens=options.max_batched_tokens,
             max_pages=pages_for(options.max_model_len),
-            scratch_page=scratch_page,
+            pad_decode=options.padded_decode,
         )
         self._in_flight: Launch | None = None
         self.scheduler = Scheduler(

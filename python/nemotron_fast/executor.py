@@ -19,7 +19,6 @@ from nemotron_fast.batch import Batch, PromptRows, Rows, gather_rows
 from nemotron_fast.graphs import StepGraphs, padded_size, padded_sizes
 from nemotron_fast.kv_cache import KVCache
 from nemotron_fast.model import Model
-from nemotron_fast.pages import PAGE_SIZE
 from nemotron_fast.penalties import Penalties
 from nemotron_fast.request import Request, TokenLogprob
 from nemotron_fast.sampling import (
@@ -58,8 +57,8 @@ class Inputs:
 
     feed: Tensor  # [max_num_seqs + T] int64: the tokens that the last step sampled, then those known to the host
     sources: Tensor  # [T] int64, of each token in `feed`
-    positions: Tensor
-    slots: Tensor
+    positions: Tensor | None
+    slots: Tensor | None
     page_table: Tensor
     q_start: Tensor
     kv_len: Tensor
@@ -83,8 +82,7 @@ class Inputs:
 class Executor:
     """Computes steps of at most `max_num_seqs` sequences of at most `max_pages` pages, and `max_tokens` tokens.
 
-    Decode steps are padded, and on a GPU become graphs, if there is a `scratch_page`: a page of the cache that no
-    request owns, for the padding rows to write to.
+    With `pad_decode`, decode steps are padded, and on a GPU become graphs.
     """
 
     def __init__(
@@ -95,10 +93,10 @@ class Executor:
         max_num_seqs: int,
         max_tokens: int,
         max_pages: int,
-        scratch_page: int | None,
+        pad_decode: bool,
     ) -> None:
         self.model, self.cache = model, cache
-        self._max_num_seqs, self._scratch_page = max_num_seqs, scratch_page
+        self._max_num_seqs, self._pad_decode = max_num_seqs, pad_decode
         device = model.weights.embed.device
         on_gpu = device.type == "cuda"
         max_tokens = max(max_tokens, max_num_seqs)
@@ -107,16 +105,16 @@ class Executor:
         self._sampled = self._staging.memory[:max_num_seqs]
         self._sizes = padded_sizes(max_num_seqs)
         self._page_table = torch.zeros(max_num_seqs, max_pages, dtype=torch.int64, device=device)
-        self._count = torch.arange(max_num_seqs + 1, device=device)
+        self._count = torch.arange(max_num_seqs, device=device)
         self._penalties = Penalties(max_num_seqs, model.config.vocab_size, device)
-        self._graphs = StepGraphs(self._sampled) if on_gpu and scratch_page is not None else None
+        self._graphs = StepGraphs(self._sampled) if on_gpu and pad_decode else None
 
     def launch(self, chunks: list[Chunk]) -> Launch:
         """Start computing the chunks; the tokens of all launches but the last must have been fetched."""
         rows = gather_rows(chunks, self._max_num_seqs)
         sampled = rows.sampled
         num_rows = len(sampled)
-        if self._scratch_page is not None and rows.decodes and num_rows == len(chunks):
+        if self._pad_decode and rows.decodes and num_rows == len(chunks):
             size = padded_size(self._sizes, num_rows)
             inputs = self._load_padded(rows, size)
             logits_RV = self._replay(size, inputs)
@@ -150,7 +148,7 @@ class Executor:
 
         No step may be in flight.
         """
-        if self._scratch_page is None:
+        if not self._pad_decode:
             return
         for size in reversed(self._sizes):
             self._replay(size, self._load_padded(Rows(), size))
@@ -180,7 +178,7 @@ class Executor:
             [
                 Column(rows.token_ids),  # first, so that it lies behind _sampled
                 *map(Column, columns),
-                Column(_table(rows.pages, width, 0).ravel()),
+                Column(_table(rows.pages, width).ravel()),
                 *sampling_columns(rows.sampled),
             ]
         )
@@ -198,23 +196,21 @@ class Executor:
         )
 
     def _load_padded(self, rows: Rows, size: int) -> Inputs:
-        """A step of one token per sequence, with rows of token 0 in the scratch page up to `size`: each writes the same
-        KV to that page's first slot, and attends to nothing else.
+        """A step of one token per sequence, and up to `size` of sequences without any: rows of token 0 that attend to
+        nothing and write no KV.
 
         The tensors are the same memory for the same size. What decode_attention reads before the kernels ahead of it
         have finished is written here, outside of the graph.
         """
         room, extra = self._max_num_seqs, size - len(rows.sampled)
-        scratch = self._scratch_page
         width = max((len(pages) for pages in rows.pages), default=1)
-        table = _table([*rows.pages, *[[]] * extra], width, scratch)
-        _, sources, positions, slots, kv_len, *rest = self._staging.load(
+        table = _table([*rows.pages, *[[]] * extra], width)
+        _, sources, q_start, kv_len, *rest = self._staging.load(
             [
                 Column([*rows.token_ids, *[0] * extra], room=room),
                 Column([*rows.sources, *range(room + size - extra, room + size)], room=room),
-                Column([*rows.positions, *[0] * extra], room=room),
-                Column([*rows.slots, *[scratch * PAGE_SIZE] * extra], room=room),
-                Column([*rows.kv_len, *[1] * extra], room=room),
+                Column([*rows.q_start, *rows.q_start[-1:] * extra], room=room + 1),
+                Column([*rows.kv_len, *[0] * extra], room=room),
                 *sampling_columns(rows.sampled, extra, room),
                 Column(table.ravel()),
             ]
@@ -224,10 +220,10 @@ class Executor:
         return Inputs(
             self._feed(size),
             sources,
-            positions,
-            slots,
+            None,
+            None,
             self._page_table[:size],
-            self._count[: size + 1],
+            q_start,
             kv_len,
             self._count[:size],
             True,
@@ -238,8 +234,8 @@ class Executor:
         return self._staging.memory[: self._max_num_seqs + num_tokens]
 
 
-def _table(pages: list[list[int]], width: int, fill: int) -> np.ndarray:
-    table = np.full((len(pages), width), fill, dtype=np.int64)
+def _table(pages: list[list[int]], width: int) -> np.ndarray:
+    table = np.zeros((len(pages), width), dtype=np.int64)
     for row, owned in zip(table, pages, strict=True):
         row[: len(owned)] = owned
     return table

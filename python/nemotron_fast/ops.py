@@ -267,7 +267,8 @@ def decode_attention(
     """rope_append, then attention, of steps with at most 8 new tokens a sequence; out is e4m3 if there is an out_scale.
 
     qkv [T, (H + 2K) D] is unrotated and stays so. A token's position is its index in its sequence, its slot is where
-    page_table has that position. out_scale [1] float32: out is quantize_fp8 of the attention.
+    page_table has that position. Rows from q_start[S] on are padding: zero in out. out_scale [1] float32: out is
+    quantize_fp8 of the attention.
     """
     if out is None:
         dim = k_cache.shape[3]

@@ -164,9 +164,10 @@ def attention(
 ) -> Tensor:
     """Causal attention over paged KV, variable lengths, grouped heads.
 
-    Sequence s owns the queries q_start[s]..q_start[s+1]-1; they are the last of its kv_len[s] tokens.
+    Sequence s owns the queries q_start[s]..q_start[s+1]-1; they are the last of its kv_len[s] tokens. Rows behind the
+    last query are padding, and zero in the result.
     """
-    out_THD = torch.empty_like(q_THD, memory_format=torch.contiguous_format)
+    out_THD = torch.zeros_like(q_THD, memory_format=torch.contiguous_format)
     page_size = k_cache_PKBD.shape[2]
     starts, lengths = q_start_S.tolist(), kv_len_S.tolist()
     for s, length in enumerate(lengths):
@@ -208,10 +209,10 @@ def decode_attention(
     num_kv, page_size, dim = k_cache_PKBD.shape[1:]
     counts_S = q_start_S.diff()
     seq_T = torch.arange(len(counts_S)).repeat_interleave(counts_S)
-    positions_T = torch.arange(len(qkv_TX)) - q_start_S[1:][seq_T] + kv_len_S[seq_T]
+    positions_T = torch.arange(len(seq_T)) - q_start_S[1:][seq_T] + kv_len_S[seq_T]
     slots_T = page_table_SP[seq_T, positions_T // page_size] * page_size + positions_T % page_size
     qkv_TX, caches = qkv_TX.clone(), (k_cache_PKBD, v_cache_PKBD)
-    rope_append(qkv_TX, *caches, cos_sin_SD, positions_T, slots_T, k_scale, v_scale)
+    rope_append(qkv_TX[: len(seq_T)], *caches, cos_sin_SD, positions_T, slots_T, k_scale, v_scale)
     q_THD = qkv_TX.unflatten(1, (-1, dim))[:, : -2 * num_kv]
     sequences = (page_table_SP, q_start_S, kv_len_S)
     out_THD = attention(q_THD, *caches, *sequences, softmax_scale, k_scale, v_scale)

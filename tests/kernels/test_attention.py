@@ -95,3 +95,6 @@ def test_decode_attention(dtype):
     out_scale = torch.tensor([0.01])
     got = ops.decode_attention(qkv, *caches, cos_sin, table, q_start, kv_len, out_scale=out_scale, **rest)
     assert torch.equal(got.float(), ops.quantize_fp8(want, out_scale).float())
+    padded = torch.cat((qkv, torch.full_like(qkv, float("nan"))))
+    got = ops.decode_attention(padded, *caches, cos_sin, table, q_start, kv_len, **rest)
+    assert torch.equal(got[:3], want) and not got[3:].any()

@@ -110,6 +110,23 @@ def test_one_sequence(length: int) -> None:
     check(Step([(1, length)], 64, 8))
 
 
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("padding", [1, 300])
+def test_padding_rows_are_zero(padding: int, scaled: bool) -> None:
+    """Sequences without tokens, and rows of NaN for them, as a padded step has."""
+    step, scale = Step(LENGTHS, 64, 8), torch.tensor([0.01], device="cuda") if scaled else None
+    want, want_caches = step.fused(scale)
+    step.qkv = torch.nn.functional.pad(step.qkv, (0, 0, 0, padding), value=float("nan"))
+    step.table = torch.nn.functional.pad(step.table, (0, 0, 0, padding))
+    step.kv_len = torch.nn.functional.pad(step.kv_len, (0, padding))
+    step.q_start = torch.cat((step.q_start, step.q_start[-1:].expand(padding)))
+    got, caches = step.fused(scale)
+    assert_bit_equal(bits(got[: len(want)]), bits(want))
+    assert not bits(got[len(want) :]).any()
+    for cache, want_cache in zip(caches, want_caches, strict=True):
+        assert_bit_equal(bits(cache), bits(want_cache))
+
+
 def test_fp8_output() -> None:
     step = Step(LENGTHS, 64, 8)
     scale = torch.tensor([0.01], device="cuda")

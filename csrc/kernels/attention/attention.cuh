@@ -315,6 +315,17 @@ struct Worker {
   }
 };
 
+// So that what reads the padding rows computes with numbers.
+template <class C>
+__device__ __forceinline__ void clear_rows(const AttentionParams<typename C::Scalar>& p, int64_t first) {
+  const int element_bytes = p.out_scale == nullptr ? int(sizeof(typename C::Scalar)) : 1;
+  const int words = p.num_kv_heads * p.group * C::kHeadDim * element_bytes / int(sizeof(uint32_t));
+  for (int64_t row = first + blockIdx.x; row < p.num_tokens; row += gridDim.x) {
+    auto* to = reinterpret_cast<uint32_t*>(static_cast<char*>(p.out) + row * p.out_stride * element_bytes);
+    for (int i = threadIdx.x; i < words; i += C::kThreads) to[i] = 0;
+  }
+}
+
 template <class C>
 __global__ void __launch_bounds__(C::kThreads, kMaxCtasPerSm)
     attention_kernel(const __grid_constant__ AttentionParams<typename C::Scalar> p,
@@ -323,6 +334,7 @@ __global__ void __launch_bounds__(C::kThreads, kMaxCtasPerSm)
   Smem<C>& s = *reinterpret_cast<Smem<C>*>(smem);
   let_successor_start();
 
+  const int num_queries = int(p.q_start[p.num_seqs]);
   if (threadIdx.x < kWarpSize) {
     const int num_tiles = build_tiles(s.tiles, config.max_tiles, p.q_start, p.kv_len, p.num_seqs,
                                       p.most_queries, config.queries_per_tile, config.leaves_wanted);
@@ -335,7 +347,11 @@ __global__ void __launch_bounds__(C::kThreads, kMaxCtasPerSm)
   const int end_or_begin =
       W == 0 ? 0 : next_leaf_start(line, int(part_begin(part + int(threadIdx.x % 2), W, int(gridDim.x))));
   const int begin = __shfl_sync(kFullWarp, end_or_begin, 0), end = __shfl_sync(kFullWarp, end_or_begin, 1);
-  if (begin == end) return wait_for_predecessor();  // so that the kernel ends after it
+  if (begin == end) {
+    wait_for_predecessor();  // also so that the kernel ends after it
+    clear_rows<C>(p, num_queries);
+    return;
+  }
 
   Leaf leaf = leaf_at(line, begin);
   const uint32_t ring = uint32_t(__cvta_generic_to_shared(s.ring[threadIdx.x / kWarpSize]));
@@ -346,6 +362,7 @@ __global__ void __launch_bounds__(C::kThreads, kMaxCtasPerSm)
   const Plan plan(line, end - 1, W);
   wait_for_predecessor();
   for (; num_issued < C::kSlots; ++num_issued) worker.loader.issue();
+  clear_rows<C>(p, num_queries);
 
   Pair<C> pair{p, config, line, {s.stack}, part, leaf.tile, leaf.head};
   bool new_pair = true;

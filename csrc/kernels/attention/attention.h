@@ -25,7 +25,8 @@ struct AttentionAppend {
 
 // Causal attention of a few queries a sequence over paged keys and values: sequence s owns the queries
 // q_start[s] .. q_start[s+1]-1, which are the last of its kv_len[s] cached tokens. The caches hold Scalar, or
-// e4m3 with one scale each. A sequence's result does not depend on the rest of the batch.
+// e4m3 with one scale each. A sequence's result does not depend on the rest of the batch. Rows of `out` from
+// q_start[S] on are padding and become zero.
 //
 // With `append`, bit for bit rope_append followed by this: rotates q and k (a token's position is its index
 // in its sequence) and writes k and v of the sequences' last tokens to the pages that the page table has for
