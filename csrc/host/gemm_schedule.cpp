@@ -9,20 +9,26 @@
 
 namespace nf {
 
-GemmSchedule make_gemm_schedule(int64_t num_rows, int num_tokens, int num_clusters) {
+GemmSchedule make_gemm_schedule(int64_t num_rows, int num_tokens, int num_clusters, int tile_tokens) {
   NF_CHECK(num_clusters > 0, std::to_string(num_clusters));
   NF_CHECK(num_tokens > 0, std::to_string(num_tokens));
+  NF_CHECK(tile_tokens > 0 && tile_tokens % 2 == 0, std::to_string(tile_tokens));
   const int64_t num_pairs = (num_rows + 2 * kBlockRows - 1) / (2 * kBlockRows);
-  const int rest = num_tokens % kTileTokens;
-  const bool has_half_column = rest > 0 && rest <= kHalfTileTokens;
-  const int64_t num_columns = num_tokens / kTileTokens + (rest > kHalfTileTokens);
+  const int rest = num_tokens % tile_tokens;
+  const bool has_half_column = rest > 0 && rest <= tile_tokens / 2;
+  const int64_t num_columns = num_tokens / tile_tokens + (rest > tile_tokens / 2);
   NF_CHECK(2 * num_pairs * (num_columns + 1) <= INT_MAX, "T=" + std::to_string(num_tokens));
 
   const int num_full = int(num_pairs * num_columns), num_half = has_half_column ? int(num_pairs) : 0;
   const int num_last = num_full % num_clusters;
-  const GemmSchedule whole{num_clusters, int(num_pairs), int(num_columns), num_full, num_full + num_half};
-  const GemmSchedule cut{num_clusters, int(num_pairs), int(num_columns), num_full - num_last,
-                         num_full + num_half + num_last};
+  GemmSchedule whole{.num_clusters = num_clusters,
+                     .num_pairs = int(num_pairs),
+                     .num_columns = int(num_columns),
+                     .num_full = num_full,
+                     .num_tiles = num_full + num_half,
+                     .tile_tokens = tile_tokens},
+      cut = whole;
+  cut.num_full -= num_last, cut.num_tiles += num_last;
   return cut.rounds() < whole.rounds() ? cut : whole;
 }
 

@@ -2,8 +2,8 @@
 // Which cluster of CTAs multiplies what when there are many tokens.
 //
 // A cluster is two CTAs that stay for the whole launch. It works on one tile at a time: a pair of blocks of
-// the packed weight (256 rows, one block for each CTA) times 256 tokens, or 128, with all of K. So a result's
-// bits do not depend on the number of tokens, nor on the GPU.
+// the packed weight (256 rows, one block for each CTA) times 128 to 256 tokens, or half as many, with all of
+// K. So a result's bits do not depend on the number of tokens, nor on the GPU.
 //
 // Tiles are dealt out in order, i to cluster i % num_clusters. Full tiles come first, in groups of 8 columns
 // of tokens; in a group pair by pair, and for a pair column by column: the clusters that run at the same time
@@ -15,33 +15,47 @@
 
 namespace nf {
 
-constexpr int kTileTokens = 256;
-constexpr int kHalfTileTokens = kTileTokens / 2;
+constexpr int kMinTileTokens = 128, kMaxTileTokens = 256, kTileTokensStep = 32;
+
+// Of a full tile: the fewer tokens are multiplied in vain the better, but the wider a tile the less it reads
+// for each product. What a tile takes beyond its products is put at 24 tokens. A half column of tiles reads all
+// weights anew, which takes as long as a full one if there are few.
+constexpr int gemm_tile_tokens(int num_tokens) {
+  int best = 0;
+  int64_t least = INT64_MAX;
+  for (int tokens = kMaxTileTokens; tokens >= kMinTileTokens; tokens -= kTileTokensStep) {
+    const int step = num_tokens > 4 * kMaxTileTokens ? tokens / 2 : tokens;
+    const int64_t cost = int64_t(num_tokens + step - 1) / step * step * (tokens + 24) / tokens;
+    if (cost < least) least = cost, best = tokens;
+  }
+  return best;
+}
 
 struct GemmTile {
   int pair;        // blocks 2 pair and 2 pair + 1
   int token;       // the first
-  int num_halves;  // of kHalfTileTokens
+  int num_halves;  // of tile_tokens / 2
 };
 
 struct GemmSchedule {
   int num_clusters;
   int num_pairs;
-  int num_columns;  // of kTileTokens
-  int num_full;     // tiles of kTileTokens; the other num_pairs * num_columns - num_full are cut
+  int num_columns;  // of tile_tokens
+  int num_full;     // tiles of tile_tokens; the other num_pairs * num_columns - num_full are cut
   int num_tiles;    // all of them
+  int tile_tokens;
 
   constexpr GemmTile tile(int i) const {
     constexpr int kGroup = 8;
     const int cut = i - num_full, num_cut = num_pairs * num_columns - num_full;
     if (cut >= 2 * num_cut)
-      return {cut - 2 * num_cut, num_columns * kTileTokens, 1};  // behind the last column
+      return {cut - 2 * num_cut, num_columns * tile_tokens, 1};  // behind the last column
     const int full = cut < 0 ? i : num_full + cut / 2;
     const int group = full / (kGroup * num_pairs), in_group = full % (kGroup * num_pairs);
     const int left = num_columns - group * kGroup, width = left < kGroup ? left : kGroup;
-    const int token = (group * kGroup + in_group % width) * kTileTokens;
+    const int token = (group * kGroup + in_group % width) * tile_tokens;
     if (cut < 0) return {in_group / width, token, 2};
-    return {in_group / width, token + cut % 2 * kHalfTileTokens, 1};
+    return {in_group / width, token + cut % 2 * (tile_tokens / 2), 1};
   }
 
   // Until the last cluster ends, in halves of a tile.
@@ -52,6 +66,6 @@ struct GemmSchedule {
 };
 
 // `num_clusters`: how many run at once.
-GemmSchedule make_gemm_schedule(int64_t num_rows, int num_tokens, int num_clusters);
+GemmSchedule make_gemm_schedule(int64_t num_rows, int num_tokens, int num_clusters, int tile_tokens);
 
 }  // namespace nf

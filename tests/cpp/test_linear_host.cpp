@@ -177,28 +177,38 @@ void test_workspace_and_tokens() {
   EXPECT_EQ(nf::linear_workspace_bytes(132), 132LL * 128 * 64 * 4);
 }
 
-// Each tile of 256 rows x 128 tokens is computed by one cluster, and the clusters end at about the same time.
+// Each half tile is computed by one cluster, and the clusters end at about the same time.
+void check_gemm_tiles(int clusters, int tokens, int rows, int tile_tokens) {
+  const nf::GemmSchedule s = nf::make_gemm_schedule(rows, tokens, clusters, tile_tokens);
+  const int half = tile_tokens / 2, pairs = (rows + 255) / 256, halves = (tokens + half - 1) / half;
+  std::vector<int> hits(pairs * halves + pairs), cost(clusters);
+  for (int i = 0; i < s.num_tiles; ++i) {
+    const nf::GemmTile tile = s.tile(i);
+    EXPECT_EQ(tile.pair >= 0 && tile.pair < pairs, true);
+    EXPECT_EQ(tile.token % half == 0 && tile.token >= 0 && tile.token < tokens, true);
+    cost[i % clusters] += tile.num_halves;
+    for (int h = 0; h < tile.num_halves; ++h) ++hits.at(tile.pair * halves + tile.token / half + h);
+  }
+  EXPECT_EQ(std::count(hits.begin(), hits.end(), 1), std::ptrdiff_t(pairs) * halves);
+  EXPECT_EQ(*std::max_element(cost.begin(), cost.end()), s.rounds());
+}
+
 void test_gemm_tiles() {
   for (int clusters : {1, 54, 66})
     for (int tokens : {1, 128, 129, 256, 257, 300, 384, 385, 2048, 2100, 8192, 8200})
-      for (int rows : {16, 576, 5632, 8192, 11264, 57344}) {
-        const nf::GemmSchedule s = nf::make_gemm_schedule(rows, tokens, clusters);
-        const int pairs = (rows + 255) / 256, halves = (tokens + 127) / 128;
-        std::vector<int> hits(pairs * halves + pairs), cost(clusters);
-        for (int i = 0; i < s.num_tiles; ++i) {
-          const nf::GemmTile tile = s.tile(i);
-          EXPECT_EQ(tile.pair >= 0 && tile.pair < pairs, true);
-          EXPECT_EQ(tile.token % 128 == 0 && tile.token >= 0 && tile.token < tokens, true);
-          cost[i % clusters] += tile.num_halves;
-          for (int h = 0; h < tile.num_halves; ++h) ++hits.at(tile.pair * halves + tile.token / 128 + h);
-        }
-        EXPECT_EQ(std::count(hits.begin(), hits.end(), 1), std::ptrdiff_t(pairs) * halves);
-        EXPECT_EQ(*std::max_element(cost.begin(), cost.end()), s.rounds());
-      }
-  EXPECT_EQ(nf::make_gemm_schedule(8192, 2048, 66).rounds(), 8);
-  EXPECT_EQ(nf::make_gemm_schedule(11264, 2048, 66).rounds(), 11);  // 5 rounds of full tiles, 1 of halves
-  EXPECT_EQ(nf::make_gemm_schedule(8192, 256, 66).rounds(), 1);
-  EXPECT_EQ(nf::make_gemm_schedule(57344, 256, 66).rounds(), 7);
+      for (int rows : {16, 576, 5632, 8192, 11264, 57344})
+        for (int tile_tokens : {128, 160, 256}) check_gemm_tiles(clusters, tokens, rows, tile_tokens);
+  EXPECT_EQ(nf::make_gemm_schedule(8192, 2048, 66, 256).rounds(), 8);
+  EXPECT_EQ(nf::make_gemm_schedule(11264, 2048, 66, 256).rounds(),
+            11);  // 5 rounds of full tiles, 1 of halves
+  EXPECT_EQ(nf::make_gemm_schedule(8192, 256, 66, 256).rounds(), 1);
+  EXPECT_EQ(nf::make_gemm_schedule(57344, 256, 66, 256).rounds(), 7);
+  for (int tokens = 1; tokens <= 256; ++tokens)
+    EXPECT_EQ(nf::gemm_tile_tokens(tokens), std::max(128, (tokens + 31) / 32 * 32));
+  EXPECT_EQ(nf::gemm_tile_tokens(300), 160);
+  EXPECT_EQ(nf::gemm_tile_tokens(384), 192);
+  EXPECT_EQ(nf::gemm_tile_tokens(512), 256);
+  EXPECT_EQ(nf::gemm_tile_tokens(2048), 256);
 }
 
 void test_rejects() {
@@ -207,8 +217,9 @@ void test_rejects() {
   testing::expect_throws([] { nf::packed_shape(16, 16, 4); }, "found 4");
   testing::expect_throws([] { nf::padded_tokens(65); }, "found T=65");
   testing::expect_throws([] { nf::make_linear_schedule(16, 16, 1, 0); }, "found 0");
-  testing::expect_throws([] { nf::make_gemm_schedule(16, 1, 0); }, "found 0");
-  testing::expect_throws([] { nf::make_gemm_schedule(16, 0, 1); }, "found 0");
+  testing::expect_throws([] { nf::make_gemm_schedule(16, 1, 0, 256); }, "found 0");
+  testing::expect_throws([] { nf::make_gemm_schedule(16, 0, 1, 256); }, "found 0");
+  testing::expect_throws([] { nf::make_gemm_schedule(16, 1, 1, 7); }, "found 7");
 }
 
 }  // namespace

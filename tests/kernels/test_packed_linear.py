@@ -16,7 +16,7 @@ FP8 = reference.FP8
 TYPES = (FP8, torch.bfloat16)
 EDGES = [(16, 16), (48, 80), (352, 704), (576, 1536), (1536, 576)]  # N, K
 SUPER_49B = [(10240, 8192), (8192, 8192), (5632, 8192), (8192, 2816), (8192, 5632), (8192, 7168), (8192, 17920)]
-FEW, MANY = (1, 2, 7, 8, 9, 33, 64), (65, 128, 200, 256, 300, 700)  # tokens; each by a kernel of its own
+FEW, MANY = (1, 2, 7, 8, 9, 33, 64), (65, 128, 170, 200, 256, 300, 700)  # tokens; each by a kernel of its own
 
 on_types = pytest.mark.parametrize("dtype", TYPES, ids=str)
 
@@ -111,7 +111,8 @@ def check_swiglu(inputs: Inputs, tokens: int, quantised: bool) -> None:
         want = (want / out_scale).clamp(-448, 448)
     # two roundings to bf16 of values that are multiplied, one of the product; then half a step of e4m3
     size = want.square().mean().sqrt().item()
-    compare.assert_close(out.float(), want, rtol=0.08 if quantised else 2**-6, atol=0.01 * size)
+    error = 0.04 if inputs.weight.dtype == FP8 and tokens > FEW[-1] else 0.01  # of the gates
+    compare.assert_close(out.float(), want, rtol=0.08 if quantised else 2**-6, atol=error * size)
 
 
 def check_add(inputs: Inputs, tokens: int) -> None:
@@ -138,8 +139,11 @@ def test_cuda_packs_the_same_bytes(gate_up: bool, dtype: torch.dtype) -> None:
 def test_cuda_kernel(N: int, K: int, dtype: torch.dtype) -> None:
     """As good as torch's matmul; the same bits twice, and for a row alone or among others of the same kernel."""
     inputs = make(N, K, dtype, "cuda")
-    tolerance = 2.25 * (2e-3 if dtype == FP8 else 1e-4) * K**0.5  # of sums of K products of order 1
-    for batches in (FEW, MANY):
+    # of the root of the sum of squared products: tensor cores keep 14 bits of sums in e4m3, of few tokens for 128 of K
+    # and of many for 4096
+    errors = (2e-3, 2.5e-2) if dtype == FP8 else (1e-4, 1e-4)
+    for batches, error in zip((FEW, MANY), errors, strict=True):
+        tolerance = 2.25 * error * K**0.5  # products of order 1
         everything = inputs.run(batches[-1])
         compare.assert_close(everything, inputs.exact(batches[-1]), rtol=0, atol=tolerance)
         for tokens in batches:

@@ -38,7 +38,7 @@ def test_long_prompts_hold_no_stream_up():
     async def body(llm):
         return llm._llm.engine.options.max_mixed_tokens
 
-    assert run(body) == 256
+    assert run(body) == 224
     assert run(body, max_mixed_tokens=None) is None
     assert run(body, max_mixed_tokens=32) == 32
 

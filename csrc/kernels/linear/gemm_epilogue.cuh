@@ -1,41 +1,67 @@
 // SPDX-License-Identifier: Apache-2.0
-// From a warpgroup's finished sums of 64 rows x 128 tokens to the output: scaled and rounded to bf16 in
-// registers, turned round through shared memory, stored as whole 16-byte vectors of a token's row. The
-// rounding points are those of epilogue.cuh.
+// From a warpgroup's finished sums to the output, in two steps: scaled and rounded to bf16, which halves the
+// registers; then, while the products of the next tile run, turned round through shared memory and stored by
+// the bulk engine, 32 tokens at a time. (A store of the warps' own would hold up their next product until L2
+// has answered.) The rounding points are those of epilogue.cuh.
 #pragma once
 
 #include "host/gemm_schedule.h"
 #include "kernels/linear/epilogue.cuh"
+#include "kernels/ptx/bulk_copy.cuh"
 #include "kernels/ptx/cp_async.cuh"
 #include "kernels/ptx/mbarrier.cuh"
 #include "kernels/ptx/mma.cuh"
 #include "kernels/ptx/named_barrier.cuh"
-#include "kernels/ptx/reduce.cuh"
+#include "kernels/ptx/tensor_map.h"
 #include "kernels/quant/fp8.cuh"
 
 namespace nf {
 namespace {
 
-constexpr int kHalfRegs = kHalfTileTokens / 2;  // accumulators of a thread for half a tile
+constexpr int kClusterCtas = 2;
+constexpr int kGroupTokens = 8;   // of which a thread has two, 2q and 2q + 1 for q = lane % 4
+constexpr int kBoxTokens = 16;    // of a store
+constexpr int kPieceTokens = 32;  // that are staged at once
+constexpr int kPieceGroups = kPieceTokens / kGroupTokens, kPieceBoxes = kPieceTokens / kBoxTokens;
 
-using Staging = uint8_t[kHalfTileTokens * kTileRows * 2];  // [tokens][rows] bf16, chunks of 8 rows permuted
+using Staging = uint8_t[kPieceTokens * kTileRows * 2];  // [tokens][rows] bf16 or e4m3, swizzled as boxes
 
-__device__ __forceinline__ uint32_t bits_of(__nv_bfloat162 v) {
-  uint32_t bits;
-  memcpy(&bits, &v, sizeof(bits));
-  return bits;
-}
+// kTokens_: of a full tile.
+template <class Element_, int kTokens_>
+struct GemmConfig {
+  using Element = Element_;
+  static constexpr int kTokens = kTokens_;
+  static constexpr int kHalfTokens = kTokens / 2;
+  static constexpr int kPieces = kTokens / kPieceTokens;
+  static constexpr int kLoadedTokens =
+      kHalfTokens / kClusterCtas;  // at once: what a CTA loads of half a tile
+  static constexpr int kLoadedBytes = kLoadedTokens * kTileRowBytes;
+  static constexpr int kStageBytes = kBlockTileBytes + kTokens * kTileRowBytes;
+  static constexpr int kStages = 204 * 1024 / kStageBytes;
+  static_assert(kTokens % kTileTokensStep == 0 && kHalfTokens % kBoxTokens == 0 && kLoadedTokens % 8 == 0);
+
+  // wgmma keeps only some 14 bits of a sum of e4m3 products. After kFoldTiles k tiles its upper part is moved
+  // to other registers (Strip::fold), which bounds the error for any K. An emulation of such sums gives these
+  // errors, as parts of the root of the sum of the squared products: after every 1, 4, 16, 32 tiles 1.2e-4,
+  // 3.4e-4, 8.5e-4, 1.3e-3 on average (root of squares), without any 2.1e-3 at K = 8192 and 4.3e-3 at K =
+  // 28672. Rounding to bf16: 1.1e-3.
+  static constexpr bool kFolds = sizeof(Element) == 1;
+  static constexpr int kFoldTiles = 32;
+};
+
+template <class C>
+using GemmAccumulators = float[C::kTokens / 2];
 
 // What a warpgroup's tile is scaled by. Copied while it multiplies: a load at the end would wait for L2.
+template <class C>
 struct TileScales {
-  alignas(8) float token[kTileTokens];
+  alignas(8) float token[C::kTokens];
   float row[kTileRows];
-  Divisor out;  // the same for all tiles
 
   __device__ __forceinline__ void start_loading(const PackedLinearParams& p, int first_row, int first_token,
                                                 int thread) {
 #pragma unroll
-    for (int i = thread; i < kTileTokens; i += kWarpgroupThreads) {
+    for (int i = thread; i < C::kTokens; i += kWarpgroupThreads) {
       const int at = p.x_scale_per_token ? min(first_token + i, p.num_tokens - 1) : 0;
       load(token[i], p.x_scale, at);
     }
@@ -55,129 +81,183 @@ struct TileScales {
   }
 };
 
-// Where chunk `chunk` of kChunks of a token's row is: 8 tokens' same chunks lie in different banks.
+// Where chunk `chunk` of kChunks of a token's row is, in a box of that width (tensor_map.h).
 template <int kChunks>
 __device__ __forceinline__ int staged_offset(int token, int chunk) {
   return (token * kChunks + (chunk ^ token / (8 / kChunks) % kChunks)) * kChunkBytes;
 }
 
-// A warpgroup's share of half a tile: 64 rows x kHalfTileTokens tokens.
-struct HalfTile {
+__device__ __forceinline__ uint32_t bits_of(__nv_bfloat162 v) {
+  uint32_t bits;
+  memcpy(&bits, &v, sizeof(bits));
+  return bits;
+}
+__device__ __forceinline__ float2 widen_bf16(uint32_t bits) {
+  return {__uint_as_float(bits << 16), __uint_as_float(bits & 0xffff0000u)};
+}
+
+// A warpgroup's 64 rows of a tile: what is left to store of its last tile; and, once that is
+// stored, the upper parts of sums of the present one.
+template <class C>
+struct Strip {
   const PackedLinearParams& p;
-  Staging& staging;
-  const TileScales& scales;
-  int barrier;     // for this warpgroup alone
-  int row, token;  // of the tile
-  int first;       // the half's first token, from `token` on
+  const CUtensorMap& out_map;
+  Staging (&staging)[2];
+  const Divisor& out_scale;
+  const int barrier;       // for this warpgroup alone
+  int row = 0, token = 0;  // the first
+  int num_boxes = 0;       // to store
+  int buffer = 0;          // of `staging`, the next
+  // For each 8 tokens, of the thread's two, 2q and 2q + 1: values in row g, and in row g + 8, of the
+  // warp's 16. q = lane % 4, g = lane / 4.
+  uint32_t r_words[C::kTokens / kGroupTokens][2];
 
-  __device__ __forceinline__ void sync() const { ptx::barrier_sync(barrier, kWarpgroupThreads); }
-
-  // f(values of token 2q and 2q + 1 of the thread's row g, of its row g + 8) for its i-th 8 tokens
-  template <class F>
-  __device__ __forceinline__ void scaled(const float* r, int i, float low_scale, float high_scale, int lane,
-                                         F&& f) const {
-    const float2 x_scale = *reinterpret_cast<const float2*>(&scales.token[first + i * 8 + lane % 4 * 2]);
-    f(float2{r[0] * x_scale.x * low_scale, r[1] * x_scale.y * low_scale},
-      float2{r[2] * x_scale.x * high_scale, r[3] * x_scale.y * high_scale});
+  __device__ __forceinline__ void clear() {
+#pragma unroll
+    for (auto& words : r_words) words[0] = words[1] = 0;
   }
 
-  __device__ __forceinline__ void stage_rows(const float (&r_acc)[kHalfRegs], float low_scale,
-                                             float high_scale, int warp, int lane) const {
-    const uint32_t base = ptx::smem_address(staging);
+  // r_acc + words stays the same; what of it bf16 can hold goes to the words.
+  template <int kHalves>
+  __device__ __forceinline__ void fold(GemmAccumulators<C>& r_acc) {
 #pragma unroll
-    for (int i = 0; i < kHalfRegs / 4; i += 2) {
-      uint32_t words[4];
-#pragma unroll
-      for (int j = 0; j < 2; ++j) {
-        scaled(&r_acc[(i + j) * 4], i + j, low_scale, high_scale, lane, [&](float2 low, float2 high) {
-          words[2 * j] = bits_of(__float22bfloat162_rn(low));
-          words[2 * j + 1] = bits_of(__float22bfloat162_rn(high));
-        });
-      }
-      ptx::store_matrices_trans(
-          base + staged_offset<8>((i + lane / 16) * 8 + lane % 8, warp * 2 + lane / 8 % 2), words);
+    for (int i = 0; i < kHalves * C::kHalfTokens / kGroupTokens * 2; ++i) {
+      uint32_t& word = r_words[i / 2][i % 2];
+      float* r = &r_acc[i * 2];
+      const float2 upper = widen_bf16(word), sum{upper.x + r[0], upper.y + r[1]};
+      word = bits_of(__float22bfloat162_rn(sum));
+      const float2 kept = widen_bf16(word);
+      r[0] = sum.x - kept.x, r[1] = sum.y - kept.y;
     }
   }
 
-  __device__ __forceinline__ void stage_swiglu(const float (&r_acc)[kHalfRegs], float gate_scale,
-                                               float up_scale, int warp, int lane) const {
-    const uint32_t base = ptx::smem_address(staging);
-#pragma unroll
-    for (int i = 0; i < kHalfRegs / 4; i += 4) {
-      uint32_t words[4];
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        scaled(&r_acc[(i + j) * 4], i + j, gate_scale, up_scale, lane, [&](float2 gate, float2 up) {
-          words[j] = bits_of(__floats2bfloat162_rn(silu_mul(gate.x, up.x), silu_mul(gate.y, up.y)));
-        });
-      }
-      ptx::store_matrices_trans(base + staged_offset<4>((i + lane / 8) * 8 + lane % 8, warp), words);
-    }
-  }
-
-  __device__ __forceinline__ void store_floats(const float (&r_acc)[kHalfRegs], float low_scale,
-                                               float high_scale, int warp, int lane) const {
-    const int strip = row + warp * kStripRows, token_in_group = token + first + lane % 4 * 2;
-    if (strip >= p.num_rows) return;
-#pragma unroll
-    for (int i = 0; i < kHalfRegs / 4; ++i) {
-      scaled(&r_acc[i * 4], i, low_scale, high_scale, lane, [&](float2 low, float2 high) {
-        const int t = token_in_group + i * 8;
-        float* to = static_cast<float*>(p.out) + t * p.out_stride + strip + lane / 4;
+  // Scales the sums of a finished tile. Floats are stored at once, others are rounded and left for
+  // store_piece.
+  template <int kHalves>
+  __device__ __forceinline__ void take(const GemmAccumulators<C>& r_acc, const TileScales<C>& scales,
+                                       int first_row, int first_token, int thread) {
+    row = first_row, token = first_token;
+    if (p.out_type == OutType::kFloat) {
+      const int lane = thread % kWarpSize, g = lane / 4;
+      const int strip = row + thread / kWarpSize * kStripRows;  // all of its rows or none are inside
+      if (strip >= p.num_rows) return;
+      for_scaled<kHalves>(r_acc, scales, thread, [&](int i, float2 low, float2 high) {
+        const int t = token + i * kGroupTokens + lane % 4 * 2;
+        float* to = static_cast<float*>(p.out) + t * p.out_stride + strip + g;
         if (t < p.num_tokens) to[0] = low.x, to[8] = high.x;
         if (t + 1 < p.num_tokens) to[p.out_stride] = low.y, to[p.out_stride + 8] = high.y;
       });
+    } else {
+      for_scaled<kHalves>(r_acc, scales, thread, [&](int i, float2 low, float2 high) {
+        r_words[i][0] = bits_of(__float22bfloat162_rn(low));
+        r_words[i][1] = bits_of(__float22bfloat162_rn(high));
+      });
+      num_boxes = row < p.num_rows ? kHalves * C::kHalfTokens / kBoxTokens : 0;
     }
   }
 
-  // f(element offset in the output, 8 values) for this thread's share of the staged rows of kChunks * 8.
-  template <int kChunks, class F>
-  __device__ __forceinline__ void for_staged(int first_column, int num_columns, int thread, F&& f) const {
-    const int chunk = thread % kChunks, column = first_column + chunk * 8;
-    if (column >= num_columns) return;
-    constexpr int kStep = kWarpgroupThreads / kChunks, kSteps = kHalfTileTokens / kStep;
-    const int begin = thread / kChunks, num_left = p.num_tokens - (token + first + begin);
-    Vec<__nv_bfloat16> staged[kSteps];
-#pragma unroll
-    for (int i = 0; i < kSteps; ++i)
-      staged[i] = load_vec(
-          reinterpret_cast<const __nv_bfloat16*>(&staging[staged_offset<kChunks>(begin + i * kStep, chunk)]), 0);
-    const int64_t at = (token + first + begin) * p.out_stride + column, step = kStep * p.out_stride;
-#pragma unroll
-    for (int i = 0; i < kSteps; ++i)
-      if (i * kStep < num_left) f(at + i * step, staged[i]);
+  // `piece` is known to the compiler: the words are registers.
+  __device__ __forceinline__ void store_piece(int piece, int thread) {
+    if (piece * kPieceBoxes >= num_boxes) return;
+    Staging& to = staging[buffer];
+    buffer ^= 1;
+    const int warp = thread / kWarpSize, lane = thread % kWarpSize;
+    const bool swiglu = p.epilogue == Epilogue::kSwiglu, fp8 = p.out_type == OutType::kFp8;
+    if (!swiglu)
+      stage_rows(to, piece, warp, lane);
+    else if (fp8)
+      stage_swiglu_fp8(to, piece, warp, lane);
+    else
+      stage_swiglu(to, piece, warp, lane);
+    ptx::fence_proxy_async();
+    if (thread == 0) ptx::wait_until_stores_have_read();  // the other buffer, for the next piece
+    ptx::barrier_sync(barrier, kWarpgroupThreads);
+    if (thread == 0) {
+      const int column = swiglu ? row / 2 : row, box_bytes = kBoxTokens * kTileRows * 2 >> swiglu >> fp8;
+      for (int box = piece * kPieceBoxes, i = 0; i < kPieceBoxes && box < num_boxes; ++i, ++box) {
+        if (p.epilogue == Epilogue::kAdd)
+          ptx::tensor_add(&out_map, column, token + box * kBoxTokens, &to[i * box_bytes]);
+        else
+          ptx::tensor_store(&out_map, column, token + box * kBoxTokens, &to[i * box_bytes]);
+      }
+      ptx::commit_stores();
+    }
+    __syncwarp();
   }
 
-  __device__ __forceinline__ void store(const float (&r_acc)[kHalfRegs], int thread) const {
-    const int warp = thread / kWarpSize, lane = thread % kWarpSize;
-    auto* out = static_cast<__nv_bfloat16*>(p.out);
-    sync();  // what was staged before has been read, the scales are there
-    const float* row_scales = &scales.row[warp * kStripRows + lane / 4];
+  __device__ __forceinline__ void store(int thread) {
+#pragma unroll
+    for (int piece = 0; piece < C::kPieces; ++piece) store_piece(piece, thread);
+  }
+
+ private:
+  // f(i-th group of tokens, values of the thread's two in its row g, and in its row g + 8)
+  template <int kHalves, class F>
+  __device__ __forceinline__ void for_scaled(const GemmAccumulators<C>& r_acc, const TileScales<C>& scales,
+                                             int thread, F&& f) const {
+    const int lane = thread % kWarpSize;
+    const float* row_scales = &scales.row[thread / kWarpSize * kStripRows + lane / 4];
     const float low_scale = row_scales[0], high_scale = row_scales[8];
-    if (p.out_type == OutType::kFloat) {
-      store_floats(r_acc, low_scale, high_scale, warp, lane);
-    } else if (p.epilogue == Epilogue::kSwiglu) {
-      stage_swiglu(r_acc, low_scale, high_scale, warp, lane);
-      sync();
-      const Divisor scale = scales.out;
-      for_staged<4>(row / 2, p.num_rows / 2, thread, [&](int64_t at, const Vec<__nv_bfloat16>& v) {
-        if (p.out_type == OutType::kFp8)
-          store_fp8(static_cast<__nv_fp8_e4m3*>(p.out) + at, 0, v, scale);
-        else
-          store_vec(out + at, 0, v);
-      });
-    } else {
-      stage_rows(r_acc, low_scale, high_scale, warp, lane);
-      sync();
-      for_staged<8>(row, p.num_rows, thread, [&](int64_t at, const Vec<__nv_bfloat16>& v) {
-        if (p.epilogue == Epilogue::kAdd)
-          ptx::add_bf16(out + at, v.word);
-        else
-          store_vec(out + at, 0, v);
-      });
+#pragma unroll
+    for (int i = 0; i < kHalves * C::kHalfTokens / kGroupTokens; ++i) {
+      const float* r = &r_acc[i * 4];
+      float2 low{r[0], r[1]}, high{r[2], r[3]};
+      if constexpr (C::kFolds) {
+        const float2 low_upper = widen_bf16(r_words[i][0]), high_upper = widen_bf16(r_words[i][1]);
+        low.x += low_upper.x, low.y += low_upper.y, high.x += high_upper.x, high.y += high_upper.y;
+      }
+      const float2 x_scale = *reinterpret_cast<const float2*>(&scales.token[i * kGroupTokens + lane % 4 * 2]);
+      f(i, float2{low.x * x_scale.x * low_scale, low.y * x_scale.y * low_scale},
+        float2{high.x * x_scale.x * high_scale, high.y * x_scale.y * high_scale});
+    }
+  }
+
+  __device__ __forceinline__ void stage_rows(Staging& to, int piece, int warp, int lane) const {
+    const uint32_t base = ptx::smem_address(to);
+#pragma unroll
+    for (int j = 0; j < kPieceGroups; j += 2) {
+      const auto *first = r_words[piece * kPieceGroups + j], *second = r_words[piece * kPieceGroups + j + 1];
+      const uint32_t words[4] = {first[0], first[1], second[0], second[1]};
+      ptx::store_matrices_trans(
+          base + staged_offset<8>((j + lane / 16) * kGroupTokens + lane % 8, warp * 2 + lane / 8 % 2), words);
+    }
+  }
+
+  // silu(gate) * up of the piece's j-th group of tokens: of the thread's two, in the warp's column g.
+  __device__ __forceinline__ uint32_t swiglu_words(int piece, int j) const {
+    const auto& word = r_words[piece * kPieceGroups + j];
+    const float2 gate = widen_bf16(word[0]), up = widen_bf16(word[1]);
+    return bits_of(__floats2bfloat162_rn(silu_mul(gate.x, up.x), silu_mul(gate.y, up.y)));
+  }
+
+  __device__ __forceinline__ void stage_swiglu(Staging& to, int piece, int warp, int lane) const {
+    uint32_t words[kPieceGroups];
+#pragma unroll
+    for (int j = 0; j < kPieceGroups; ++j) words[j] = swiglu_words(piece, j);
+    ptx::store_matrices_trans(ptx::smem_address(to) + staged_offset<4>(lane, warp), words);
+  }
+
+  __device__ __forceinline__ void stage_swiglu_fp8(Staging& to, int piece, int warp, int lane) const {
+#pragma unroll
+    for (int j = 0; j < kPieceGroups; ++j) {
+      const uint32_t word = ptx::transpose_matrix(swiglu_words(piece, j));  // token g, columns 2q and 2q + 1
+      const int token_in_piece = j * kGroupTokens + lane / 4;
+      *reinterpret_cast<uint16_t*>(
+          &to[staged_offset<2>(token_in_piece, warp / 2) + warp % 2 * 8 + lane % 4 * 2]) =
+          uint16_t(to_fp8(widen_bf16(word), out_scale));
     }
   }
 };
+
+// Where a launch stores what it does not store as floats.
+inline CUtensorMap gemm_out_map(const PackedLinearParams& p) {
+  if (p.out_type == OutType::kFloat) return {};
+  const int element_bytes = p.out_type == OutType::kFp8 ? 1 : 2;
+  const int halved = p.epilogue == Epilogue::kSwiglu ? 2 : 1;
+  return ptx::swizzled_rows_map(p.out, p.num_tokens, int64_t(p.num_rows / halved) * element_bytes,
+                                p.out_stride * element_bytes, kBoxTokens, element_bytes,
+                                kTileRows / halved * element_bytes);
+}
 
 }  // namespace
 }  // namespace nf

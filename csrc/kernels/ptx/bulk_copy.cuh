@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Copies by the bulk engine, global to shared, which complete on an mbarrier. One thread issues each. sm_90.
+// Copies by the bulk engine: global to shared, which complete on an mbarrier, and back. One thread issues
+// each. sm_90.
 #pragma once
 
 #include <cuda.h>
@@ -60,6 +61,28 @@ __device__ __forceinline__ void tensor_load(void* shared, const CUtensorMap* map
       "[%2];" ::"r"(smem_address(shared)),
       "l"(map), "r"(smem_address(barrier)), "r"(x), "r"(y), "r"(z)
       : "memory");
+}
+
+// A box from shared memory to the tensor, or added to it; what lies beyond the tensor is left out. The writes
+// to the box must have been fenced (fence_proxy_async). Such copies complete in groups.
+__device__ __forceinline__ void tensor_store(const CUtensorMap* map, int x, int y, const void* shared) {
+  asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%2, %3}], [%1];" ::"l"(map),
+               "r"(smem_address(shared)), "r"(x), "r"(y)
+               : "memory");
+}
+__device__ __forceinline__ void tensor_add(const CUtensorMap* map, int x, int y, const void* shared) {
+  asm volatile(
+      "cp.reduce.async.bulk.tensor.2d.global.shared::cta.add.bulk_group [%0, {%2, %3}], [%1];" ::"l"(map),
+      "r"(smem_address(shared)), "r"(x), "r"(y)
+      : "memory");
+}
+__device__ __forceinline__ void commit_stores() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+// Until the shared memory of all committed stores of this thread may be written again.
+__device__ __forceinline__ void wait_until_stores_have_read() {
+  asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+}
+__device__ __forceinline__ void wait_for_stores() {
+  asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
 }
 
 __device__ __forceinline__ void prefetch_tensor_map(const CUtensorMap* map) {
