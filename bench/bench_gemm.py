@@ -125,8 +125,6 @@ def check_mlp(s: MLP, call: runner.Call) -> None:
 def rows(device: torch.device, quick: bool) -> Iterator[runner.Row]:
     name = "mini-all-blocks.json" if quick else "super-49b-v1.json"
     config = ModelConfig.from_path(packed.CONFIGS / name)
-    check = runner.equals(packed.want_linear, rtol=2**-7, atol=2**-6)
-    check_fp8 = runner.equals(packed.want_linear, rtol=2**-6, atol=2**-4)  # of sums of 14 bits
     on_gpu = device.type == "cuda"
     layers = [c for c in cases.linear_cases(config, (4, 70) if quick else BATCH_SIZES) if c.fp8 or c.count > 1]
     found = [c for c in layers if not (c.N | c.K) % 16 and (c.fp8 or quick or c.M > 256)]
@@ -134,7 +132,8 @@ def rows(device: torch.device, quick: bool) -> Iterator[runner.Row]:
         case = cases.PackedCase(linear.M, linear.N, linear.K, linear.fp8, linear.count)
         peers = (FP8_PEERS if on_gpu else {}) if linear.fp8 else {"torch": packed.torch_linear}
         make = partial(make_inputs, case, device)
-        yield runner.Row(case, make, packed.packed_linear, peers, check_fp8 if linear.fp8 else check, check_fp8)
+        check = packed.linear_check(case)
+        yield runner.Row(case, make, packed.packed_linear, peers, check, packed.check_14_bits)
     fused = torch.compile(silu_mul_fp8, dynamic=False) if on_gpu else silu_mul_fp8
     for M in (8,) if quick else MLP_BATCH_SIZES:
         case = MLPCase(M, 512, 256) if quick else MLPCase(M, 28672, 8192)

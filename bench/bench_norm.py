@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""rms_norm, add_rms_norm, add_rms_norm_fp8, add_rms_norm_fp8_per_token and row_stats against torch, eager and compiled.
+"""rms_norm and add_rms_norm, to e4m3 too (scale given or per token), and row_stats against torch, eager and compiled.
 
 python bench/bench_norm.py [--device cuda|cpu] [--out bench/results/<device>/norm.json]
 """
@@ -30,14 +30,19 @@ class Inputs:
 
 
 def our_norm(s: Inputs) -> Tensor:
-    if s.residual is None:
-        return ops.rms_norm(s.x, s.weight, EPS, out=s.out)
-    if s.scale is not None and not s.per_token:
-        return ops.add_rms_norm_fp8(s.x, s.residual, s.weight, s.scale, EPS, out=s.out)
-    if s.scale is not None:
+    if s.scale is None and s.residual is None:
+        ops.rms_norm(s.x, s.weight, EPS, out=s.out)
+    elif s.scale is None:
+        ops.add_rms_norm(s.x, s.residual, s.weight, EPS, out=s.out)
+    elif not s.per_token and s.residual is None:
+        ops.rms_norm_fp8(s.x, s.weight, s.scale, EPS, out=s.out)
+    elif not s.per_token:
+        ops.add_rms_norm_fp8(s.x, s.residual, s.weight, s.scale, EPS, out=s.out)
+    elif s.residual is None:
+        ops.rms_norm_fp8_per_token(s.x, s.weight, EPS, out=s.out, scale=s.scale)
+    else:
         ops.add_rms_norm_fp8_per_token(s.x, s.residual, s.weight, EPS, out=s.out, scale=s.scale)
-        return s.out
-    return ops.add_rms_norm(s.x, s.residual, s.weight, EPS, out=s.out)
+    return s.out
 
 
 def torch_norm(s: Inputs) -> Tensor:

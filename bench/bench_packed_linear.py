@@ -140,18 +140,23 @@ def check_step(step: list[Inputs], call: runner.Call) -> None:
     assert all(bool(out.isfinite().all()) for out in call(step))
 
 
+# The sum of K products of order 1, rounded to BF16, for sums in e4m3 of some 14 bits.
+check_14_bits = runner.equals(want_linear, rtol=2**-6, atol=2**-4)
+
+
+def linear_check(case: cases.LinearCase) -> runner.Check:
+    """Of many tokens in e4m3 up to 4096 products are added in 14 bits; of few 128, the rest is in FP32."""
+    return check_14_bits if case.fp8 and case.M > 64 else runner.equals(want_linear, rtol=2**-7, atol=2**-6)
+
+
 def rows(device: torch.device, quick: bool) -> Iterator[runner.Row]:
     config = ModelConfig.from_path(CONFIGS / ("mini-all-blocks.json" if quick else "super-49b-v1.json"))
-    # The sum of K products of order 1 in FP32 (e4m3: in parts of 128, of some 14 bits), rounded to BF16.
-    check = runner.equals(want_linear, rtol=2**-7, atol=2**-6)
-    # The peer adds all K products in those 14 bits.
-    check_peer = runner.equals(want_linear, rtol=2**-6, atol=2**-4)
     check_swiglu = runner.equals(want_swiglu, rtol=2**-5, atol=2**-5)
     found = [c for c in cases.linear_cases(config, BATCH_SIZES[:2] if quick else BATCH_SIZES) if not (c.N | c.K) % 16]
     for linear in found[-8:] if quick else found:
         case = cases.PackedCase(linear.M, linear.N, linear.K, linear.fp8, linear.count)
         make = lambda c=case: make_inputs(c, device)  # noqa: E731
-        yield runner.Row(case, make, packed_linear, {"torch": torch_linear}, check, check_peer)
+        yield runner.Row(case, make, packed_linear, {"torch": torch_linear}, linear_check(case), check_14_bits)
     hidden, width = (256, 512) if quick else (8192, 28672)
     for M in BATCH_SIZES:
         case = cases.PackedCase(M, 2 * width, hidden, True, op="packed_swiglu")

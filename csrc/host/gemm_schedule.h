@@ -2,7 +2,7 @@
 // Which cluster of CTAs multiplies what when there are many tokens.
 //
 // A cluster is two CTAs that stay for the whole launch. It works on one tile at a time: a pair of blocks of
-// the packed weight (256 rows, one block for each CTA) times 128 to 256 tokens, or half as many, with all of
+// the packed weight (256 rows, one block for each CTA) times 96 to 256 tokens, or half as many, with all of
 // K. So a result's bits do not depend on the number of tokens, nor on the GPU.
 //
 // Tiles are dealt out in order, i to cluster i % num_clusters. Full tiles come first, in groups of 8 columns
@@ -15,17 +15,17 @@
 
 namespace nf {
 
-constexpr int kMinTileTokens = 128, kMaxTileTokens = 256, kTileTokensStep = 32;
+constexpr int kMinTileTokens = 96, kMaxTileTokens = 256, kTileTokensStep = 32;
 
 // Of a full tile: the fewer tokens are multiplied in vain the better, but the wider a tile the less it reads
-// for each product. What a tile takes beyond its products is put at 24 tokens. A half column of tiles reads all
-// weights anew, which takes as long as a full one if there are few.
+// for each product. What a tile takes beyond its products is put at 24 tokens. A half column of tiles reads
+// all weights anew, which takes as long as a full one if there are few.
 constexpr int gemm_tile_tokens(int num_tokens) {
   int best = 0;
   int64_t least = INT64_MAX;
   for (int tokens = kMaxTileTokens; tokens >= kMinTileTokens; tokens -= kTileTokensStep) {
     const int step = num_tokens > 4 * kMaxTileTokens ? tokens / 2 : tokens;
-    const int64_t cost = int64_t(num_tokens + step - 1) / step * step * (tokens + 24) / tokens;
+    const int64_t cost = (int64_t(num_tokens) + step - 1) / step * step * (tokens + 24) / tokens;
     if (cost < least) least = cost, best = tokens;
   }
   return best;

@@ -8,6 +8,8 @@ STABLE_TORCH_LIBRARY(nemotron_fast, m) {
   m.def("embed(Tensor(a!) out, Tensor ids, Tensor weight) -> ()");
 
   m.def("rms_norm(Tensor(a!) out, Tensor x, Tensor weight, float eps) -> ()");
+  m.def("rms_norm_fp8(Tensor(a!) out, Tensor x, Tensor weight, Tensor scale, float eps) -> ()");
+  m.def("rms_norm_fp8_per_token(Tensor(a!) out, Tensor(b!) scale, Tensor x, Tensor weight, float eps) -> ()");
   m.def("add_rms_norm(Tensor(a!) out, Tensor(b!) residual, Tensor x, Tensor weight, float eps) -> ()");
   m.def(
       "add_rms_norm_fp8(Tensor(a!) out, Tensor(b!) residual, Tensor x, Tensor weight, Tensor scale, float "

@@ -66,33 +66,46 @@ void add_rms_norm(Tensor out, Tensor residual, Tensor x, Tensor weight, double e
   });
 }
 
-void norm_to_fp8(const Tensor& out, const Tensor& residual, const Tensor& scale, const Tensor& x,
+// residual: null for rms_norm.
+void norm_to_fp8(const Tensor& out, const Tensor* residual, const Tensor& scale, const Tensor& x,
                  const Tensor& weight, double eps, bool per_token) {
-  check_norm(out, &residual, x, weight);
+  check_norm(out, residual, x, weight);
   check_dtype(out, ScalarType::Float8_e4m3fn, "out");
   check_vector(scale, per_token ? x.size(0) : 1, ScalarType::Float, x, "scale");
   const DeviceGuard guard(x.get_device_index());
   dispatch_half_types(x, "x", [&](auto scalar) {
-    auto params = make_params<decltype(scalar), __nv_fp8_e4m3>(out, &residual, x, weight, eps);
+    auto params = make_params<decltype(scalar), __nv_fp8_e4m3>(out, residual, x, weight, eps);
     params.scale = ptr<float>(scale);
     params.scale_per_token = per_token;
-    nf::add_rms_norm(params, pick_norm_config(params.dim), current_stream(x));
+    const auto norm = residual ? nf::add_rms_norm<decltype(scalar), __nv_fp8_e4m3>
+                               : nf::rms_norm<decltype(scalar), __nv_fp8_e4m3>;
+    norm(params, pick_norm_config(params.dim), current_stream(x));
   });
 }
 
+void rms_norm_fp8(Tensor out, Tensor x, Tensor weight, Tensor scale, double eps) {
+  norm_to_fp8(out, nullptr, scale, x, weight, eps, false);
+}
+
+void rms_norm_fp8_per_token(Tensor out, Tensor scale, Tensor x, Tensor weight, double eps) {
+  norm_to_fp8(out, nullptr, scale, x, weight, eps, true);
+}
+
 void add_rms_norm_fp8(Tensor out, Tensor residual, Tensor x, Tensor weight, Tensor scale, double eps) {
-  norm_to_fp8(out, residual, scale, x, weight, eps, false);
+  norm_to_fp8(out, &residual, scale, x, weight, eps, false);
 }
 
 void add_rms_norm_fp8_per_token(Tensor out, Tensor scale, Tensor residual, Tensor x, Tensor weight,
                                 double eps) {
-  norm_to_fp8(out, residual, scale, x, weight, eps, true);
+  norm_to_fp8(out, &residual, scale, x, weight, eps, true);
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(nemotron_fast, CUDA, m) {
   register_cuda(m, "rms_norm", TORCH_BOX(&rms_norm));
+  register_cuda(m, "rms_norm_fp8", TORCH_BOX(&rms_norm_fp8));
+  register_cuda(m, "rms_norm_fp8_per_token", TORCH_BOX(&rms_norm_fp8_per_token));
   register_cuda(m, "add_rms_norm", TORCH_BOX(&add_rms_norm));
   register_cuda(m, "add_rms_norm_fp8", TORCH_BOX(&add_rms_norm_fp8));
   register_cuda(m, "add_rms_norm_fp8_per_token", TORCH_BOX(&add_rms_norm_fp8_per_token));

@@ -111,6 +111,8 @@ def _packed_swiglu(
 _KERNELS = {
     "embed": _returns(reference.embed),
     "rms_norm": _returns(reference.rms_norm),
+    "rms_norm_fp8": _returns(reference.rms_norm_fp8),
+    "rms_norm_fp8_per_token": _returns_rows_and_scales(reference.rms_norm_fp8_per_token),
     "add_rms_norm": _returns(reference.add_rms_norm),
     "add_rms_norm_fp8": _returns(reference.add_rms_norm_fp8),
     "add_rms_norm_fp8_per_token": _returns_rows_and_scales(reference.add_rms_norm_fp8_per_token),

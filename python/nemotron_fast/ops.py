@@ -36,6 +36,23 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, out: Tensor | None = None
     return out
 
 
+def rms_norm_fp8(x: Tensor, weight: Tensor, scale: Tensor, eps: float, *, out: Tensor | None = None) -> Tensor:
+    """out [T, E] e4m3 = quantize_fp8(rms_norm(x [T, E]), scale [1])."""
+    if out is None:
+        out = torch.empty(x.shape, dtype=reference.FP8, device=x.device)
+    _ops.rms_norm_fp8.default(out, x, weight, scale, eps)
+    return out
+
+
+def rms_norm_fp8_per_token(
+    x: Tensor, weight: Tensor, eps: float, *, out: Tensor | None = None, scale: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """(out [T, E] e4m3, scale [T]) = quantize_fp8_per_token(rms_norm(x [T, E]))."""
+    out, scale = _fp8_outputs(x, out, scale)
+    _ops.rms_norm_fp8_per_token.default(out, scale, x, weight, eps)
+    return out, scale
+
+
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float, *, out: Tensor | None = None) -> Tensor:
     """residual [T, E] += x [T, E] in place; out [T, E] = rms_norm(residual)."""
     if out is None:

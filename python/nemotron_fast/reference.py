@@ -36,6 +36,16 @@ def rms_norm(x_TE: Tensor, weight_E: Tensor, eps: float) -> Tensor:
     return weight_E * scaled.to(x_TE.dtype)
 
 
+def rms_norm_fp8(x_TE: Tensor, weight_E: Tensor, scale_1: Tensor, eps: float) -> Tensor:
+    """quantize_fp8 of the rms_norm, which is rounded to x's type first."""
+    return quantize_fp8(rms_norm(x_TE, weight_E, eps), scale_1)
+
+
+def rms_norm_fp8_per_token(x_TE: Tensor, weight_E: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """apply_row_stats_fp8 of x's own statistics."""
+    return apply_row_stats_fp8(x_TE, RowStats(row_stats(x_TE, weight_E), weight_E, eps))
+
+
 def add_rms_norm(residual_TE: Tensor, x_TE: Tensor, weight_E: Tensor, eps: float) -> Tensor:
     """residual += x in place, then rms_norm of it."""
     residual_TE += x_TE
@@ -43,16 +53,17 @@ def add_rms_norm(residual_TE: Tensor, x_TE: Tensor, weight_E: Tensor, eps: float
 
 
 def add_rms_norm_fp8(residual_TE: Tensor, x_TE: Tensor, weight_E: Tensor, scale_1: Tensor, eps: float) -> Tensor:
-    """residual += x in place, then quantize_fp8 of its rms_norm, which is rounded to x's type first."""
-    return quantize_fp8(add_rms_norm(residual_TE, x_TE, weight_E, eps), scale_1)
+    """residual += x in place, then rms_norm_fp8 of it."""
+    residual_TE += x_TE
+    return rms_norm_fp8(residual_TE, weight_E, scale_1, eps)
 
 
 def add_rms_norm_fp8_per_token(
     residual_TE: Tensor, x_TE: Tensor, weight_E: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """residual += x in place, then apply_row_stats_fp8 of its own statistics."""
+    """residual += x in place, then rms_norm_fp8_per_token of it."""
     residual_TE += x_TE
-    return apply_row_stats_fp8(residual_TE, RowStats(row_stats(residual_TE, weight_E), weight_E, eps))
+    return rms_norm_fp8_per_token(residual_TE, weight_E, eps)
 
 
 @dataclass(frozen=True)

@@ -2,10 +2,10 @@
 """The residual stream of one step: what reads it through a norm, and what is added to it.
 
 Two ways, the same bits as long as the linears use the same kernel (up to 64 tokens). `Residual` works with any weights
-and any number of tokens: a sub-block's output is added by the norm of the next one. `RowStatsResidual` is for packed
-weights and few tokens, where launches cost more than arithmetic: linears add to the stream themselves and leave
-statistics of its rows, by which the next linear normalises and quantises the rows on its way (ops.RowStats), so that a
-sub-block is its linears and nothing between them.
+and any number of tokens: a sub-block's output is added by its last linear, or by the norm of the next one.
+`RowStatsResidual` is for packed weights and few tokens, where launches cost more than arithmetic: linears add to the
+stream themselves and leave statistics of its rows, by which the next linear normalises and quantises the rows on its
+way (ops.RowStats), so that a sub-block is its linears and nothing between them.
 """
 
 from __future__ import annotations
@@ -21,9 +21,18 @@ from nemotron_fast.weights import LinearWeight, MLPWeights
 
 Linear = LinearWeight | PackedWeight
 
-# Tokens that take RowStatsResidual; its kernels take up to 16. A step of Super-49B in FP8 with given scales, on an
-# H100: 17.19 ms against 17.10 of Residual at 4 tokens, 17.54 against 17.32 at 8.
+# Tokens that take RowStatsResidual; its kernels take up to 16. A step of Super-49B in FP8 after 128 tokens, on an H100,
+# against that with Residual: at 1 token 17.08 ms and 17.15, at 4 17.19 and 17.10, at 8 17.54 and 17.32 (given scales);
+# at 1 with scales per token 17.07 and 17.50.
 FEW_TOKENS = 1
+
+# Up to so many tokens the norm adds a linear's result to the residual stream; beyond, the linear does it itself, which
+# is less traffic: such a step takes 17.46 ms with the norm and 17.50 with the linear at 16 tokens, 18.69 and 18.55 at
+# 64.
+MOST_DELTA_TOKENS = 16
+
+_NORMS = ops.rms_norm, ops.rms_norm_fp8, ops.rms_norm_fp8_per_token
+_ADD_NORMS = ops.add_rms_norm, ops.add_rms_norm_fp8, ops.add_rms_norm_fp8_per_token
 
 
 class Residual:
@@ -42,7 +51,12 @@ class Residual:
 
     def add(self, x: Tensor, linear: Linear, next_norm: Tensor) -> None:
         """rows += linear(x); x may be e4m3 by the linear's given scale already."""
-        self.add_delta(self._linear(*quantize(x, linear), linear), next_norm)
+        x, x_scale = quantize(x, linear)
+        if isinstance(linear, PackedWeight) and len(x) > MOST_DELTA_TOKENS:
+            rows, scales = self.finish(), {"x_scale": x_scale, "weight_scale": linear.weight_scale}
+            ops.packed_linear_add(x, linear.packed, rows, self._workspace, **scales)
+        else:
+            self.add_delta(self._linear(x, x_scale, linear), next_norm)
 
     def add_mlp(self, block: MLPWeights, next_norm: Tensor) -> None:
         """rows += the block's gated FFN of rms_norm(rows)."""
@@ -55,8 +69,7 @@ class Residual:
 
     def add_delta(self, delta: Tensor, _next_norm: Tensor) -> None:
         """rows += delta [T, E]."""
-        if self._delta is not None:
-            self._rows += self._delta
+        self.finish()
         self._delta = delta
 
     def finish(self) -> Tensor:
@@ -69,14 +82,14 @@ class Residual:
     def _normed(self, norm: Tensor, linear: Linear) -> tuple[Tensor, Tensor | None]:
         """rms_norm(rows) as `linear` wants it, and its scale."""
         delta, self._delta = self._delta, None
-        if delta is None:  # the first sub-block
-            delta = torch.zeros_like(self._rows)
-        if linear.weight_scale is None:
-            return ops.add_rms_norm(delta, self._rows, norm, self._eps), None
-        if linear.input_scale is None:
-            return ops.add_rms_norm_fp8_per_token(delta, self._rows, norm, self._eps)
+        norms, args = (_NORMS, (self._rows,)) if delta is None else (_ADD_NORMS, (delta, self._rows))
+        rounded, to_fp8, to_fp8_per_token = norms
         scale = linear.input_scale
-        return ops.add_rms_norm_fp8(delta, self._rows, norm, scale, self._eps), scale
+        if linear.weight_scale is None:
+            return rounded(*args, norm, self._eps), None
+        if scale is None:
+            return to_fp8_per_token(*args, norm, self._eps)
+        return to_fp8(*args, norm, scale, self._eps), scale
 
     def _linear(self, x: Tensor, x_scale: Tensor | None, linear: Linear) -> Tensor:
         return run_linear(x, x_scale, linear, self._workspace, self._rows.dtype)

@@ -21,12 +21,13 @@ struct Case {
   int num_rows, num_cols;
 };
 // N, K: edges, SmolLM2-135M, and the linears of Super-49B (down: a few widths)
-const Case kSmall[] = {{16, 16}, {48, 80}, {576, 576}, {1536, 576}, {352, 704}, {144, 1536}, {96, 6144}};
+const Case kSmall[] = {{16, 16},    {48, 80},   {576, 576}, {1536, 576}, {352, 704},
+                       {144, 1536}, {96, 2176}, {96, 4096}, {96, 4224},  {96, 12288}};
 const Case kLarge[] = {{576, 1536},   {704, 352},    {10240, 8192}, {8192, 8192}, {5632, 8192},
                        {57344, 8192}, {8192, 28672}, {8192, 2816},  {8192, 5632}, {8192, 17920}};
-const Case kTiny[] = {{48, 80}, {144, 1536}, {352, 704}};
+const Case kTiny[] = {{48, 80}, {144, 1536}, {352, 704}, {96, 2176}};
 // A row's bits depend on the others only in whether they are more than kMaxFewTokens.
-const int kTokens[] = {1,   2,   7,   8,   9,   16,  17,  33,  64,   65,  100,
+const int kTokens[] = {1,   2,   7,   8,   9,   16,  17,  33,  64,  65,   100,
                        128, 129, 170, 200, 256, 257, 300, 384, 385, 1100, 2100};
 const int kTokensOfLarge[] = {1, 9, 64, 100, 256, 600}, kTokensOfTiny[] = {9, 64, 100, 200, 300, 600};
 enum Size { kEverything, kSmallCases, kTinyCases } size = kEverything;
@@ -71,6 +72,7 @@ struct Problem {
   DeviceArray<uint8_t> packed, workspace;
   DeviceArray<float> x_scale, weight_scale;
   cudaStream_t stream;
+  int sms = num_sms();  // that a launch may use
 
   explicit Problem(const Case& c)
       : c(c),
@@ -115,8 +117,8 @@ struct Problem {
             .weight_scale_per_row = true,
             .out_type = type,
             .epilogue = nf::Epilogue::kStore,
-            .schedule = nf::make_linear_schedule(c.num_rows, c.num_cols, sizeof(T), num_sms()),
-            .num_sms = num_sms()};
+            .schedule = nf::make_linear_schedule(c.num_rows, c.num_cols, sizeof(T), sms),
+            .num_sms = sms};
   }
 
   // One call on poisoned output; rows of N + kPadding.
@@ -212,7 +214,7 @@ void check_epilogues(Problem<T>& p, int num_tokens) {
   params.epilogue = nf::Epilogue::kSwiglu;
   nf::packed_linear<T>(params, p.stream);
   const DeviceArray<__nv_fp8_e4m3> quantised(num_tokens * stride);
-  quantised.fill(0);  // columns beyond F are read too
+  quantised.fill(0);
   const DeviceArray<float> scale(1);
   fill_normal<<<1, 1>>>(scale.get(), 1, 5, 0.0f, 3.0f);
   NF_CUDA(cudaDeviceSynchronize());
@@ -221,6 +223,10 @@ void check_epilogues(Problem<T>& p, int num_tokens) {
   NF_CUDA(cudaStreamSynchronize(p.stream));
   const auto product = out.read();
   const auto q = quantised.read();
+  for (int t = 0; t < num_tokens; ++t)
+    for (int64_t n = width; n < stride; ++n)
+      check(float(product[t * stride + n]) == float(sum[t * stride + n]) && float(q[t * stride + n]) == 0,
+            "SwiGLU beyond its columns, " + what);
   double largest = 0, worst = 0, worst_q = 0;
   for (int t = 0; t < num_tokens; ++t)
     for (int n = 0; n < width; ++n) {
@@ -339,6 +345,25 @@ void check_rows(Problem<T>& p, int num_tokens) {
   same(left, made, "the statistics");
 }
 
+// With few CTAs each has several tiles, or blocks: the result of one is stored while the next is computed.
+// The GEMM gives the bits of all SMs.
+template <class T>
+void check_few_sms(Problem<T>& p) {
+  for (int sms : {2, 6}) {
+    for (int t : {17, 64, 65, 200, 300, 600}) {
+      p.pack(p.packed.get(), false);
+      const auto want = p.template run<float>(t);
+      p.sms = sms;
+      const auto found = p.template run<float>(t);
+      if (t > nf::kMaxFewTokens)
+        check(std::memcmp(found.data(), want.data(), want.size() * 4) == 0,
+              std::to_string(sms) + " SMs give other bits, " + name(p.c, t, sizeof(T)));
+      check_epilogues(p, t);
+      p.sms = num_sms();
+    }
+  }
+}
+
 template <class T>
 void check_case(const Case& c, bool small) {
   Problem<T> p(c);
@@ -353,7 +378,8 @@ void check_case(const Case& c, bool small) {
   Error largest{};
   for (int t : tokens) check_tokens(p, t, t <= nf::kMaxFewTokens ? few : many, largest);
   if (small) {
-    for (int t : {33, 200, 300}) check_epilogues(p, t);
+    for (int t : {17, 32, 33, 200, 300}) check_epilogues(p, t);
+    check_few_sms(p);
     p.pack(p.packed.get(), false);
     for (int t : {1, 5, 8, 9, 16}) check_rows(p, t);
   }

@@ -197,14 +197,14 @@ void test_gemm_tiles() {
   for (int clusters : {1, 54, 66})
     for (int tokens : {1, 128, 129, 256, 257, 300, 384, 385, 2048, 2100, 8192, 8200})
       for (int rows : {16, 576, 5632, 8192, 11264, 57344})
-        for (int tile_tokens : {128, 160, 256}) check_gemm_tiles(clusters, tokens, rows, tile_tokens);
+        for (int tile_tokens : {96, 160, 256}) check_gemm_tiles(clusters, tokens, rows, tile_tokens);
   EXPECT_EQ(nf::make_gemm_schedule(8192, 2048, 66, 256).rounds(), 8);
   EXPECT_EQ(nf::make_gemm_schedule(11264, 2048, 66, 256).rounds(),
             11);  // 5 rounds of full tiles, 1 of halves
   EXPECT_EQ(nf::make_gemm_schedule(8192, 256, 66, 256).rounds(), 1);
   EXPECT_EQ(nf::make_gemm_schedule(57344, 256, 66, 256).rounds(), 7);
   for (int tokens = 1; tokens <= 256; ++tokens)
-    EXPECT_EQ(nf::gemm_tile_tokens(tokens), std::max(128, (tokens + 31) / 32 * 32));
+    EXPECT_EQ(nf::gemm_tile_tokens(tokens), std::max(96, (tokens + 31) / 32 * 32));
   EXPECT_EQ(nf::gemm_tile_tokens(300), 160);
   EXPECT_EQ(nf::gemm_tile_tokens(384), 192);
   EXPECT_EQ(nf::gemm_tile_tokens(512), 256);

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""rms_norm, add_rms_norm, add_rms_norm_fp8*: the CPU backend against FP64, the CUDA kernels against the reference."""
+"""rms_norm and add_rms_norm, to e4m3 too: the CPU backend against FP64, the CUDA kernels against the reference."""
 
 from __future__ import annotations
 
@@ -88,6 +88,14 @@ def check_fp8(case: cases.NormCase, dtype: torch.dtype, device: str) -> None:
         compare.assert_close(out.float(), want.float(), rtol=2**-3)
     for residual in residuals[1:]:
         compare.assert_bit_equal(residual, residuals[0])
+
+    summed = residuals[0]
+    found = ops.rms_norm_fp8(summed, weight, static, EPS, out=poison.clone())
+    compare.assert_bit_equal(found, ops.quantize_fp8(normed, static))
+    found_scale = compare.poison(case.T, dtype=torch.float32, device=device)
+    found, _ = ops.rms_norm_fp8_per_token(summed, weight, EPS, out=poison.clone(), scale=found_scale)
+    compare.assert_bit_equal(found, out)
+    compare.assert_bit_equal(found_scale, scale)
 
 
 @on_half_types
@@ -226,6 +234,8 @@ def test_fp8_rejects() -> None:
         ops.add_rms_norm_fp8_per_token(x, x.clone(), weight, EPS, scale=torch.zeros(3, device="cuda"))
     with pytest.raises(RuntimeError, match="out: dtype is BFloat16, want Float8_e4m3fn"):
         ops.add_rms_norm_fp8(x, x.clone(), weight, torch.ones(1, device="cuda"), EPS, out=torch.empty_like(x))
+    with pytest.raises(RuntimeError, match="scale: dim 0 is 2, want 1"):
+        ops.rms_norm_fp8(x, weight, torch.ones(2, device="cuda"), EPS)
 
 
 @pytest.mark.gpu

@@ -123,7 +123,8 @@ def test_warm_up_changes_nothing():
 @pytest.mark.parametrize("kv_dtype", ["bfloat16", "fp8"])
 @pytest.mark.parametrize("quantize", ["fp8", "fp8-static"])
 def test_random_weights_from_the_real_config_shrunk(quantize, kv_dtype, tmp_path):
-    """Every distinct width of Super-49B at a sixteenth of its depth, at its real hidden size."""
+    """Every distinct width of Super-49B at a sixteenth of its depth, at its real hidden size; twice, each time by the
+    linears of many tokens."""
     import json
     from pathlib import Path
 

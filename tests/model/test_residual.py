@@ -11,7 +11,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from nemotron_fast import residual
 from nemotron_fast.batch import Batch
 from nemotron_fast.config import ModelConfig
 from nemotron_fast.kv_cache import make_kv_cache
@@ -67,10 +66,13 @@ def test_few_tokens(seed: int, quantize: str | None, tmp_path: Path, monkeypatch
     config, weights = load(tmp_path, quantize and "fp8")
     if quantize == "fp8 with given scales":
         weights = with_given_scales(weights)
-    for num_tokens in (1, 5, residual.FEW_TOKENS):
-        found = logits_of(config, weights, num_tokens)
-        with monkeypatch.context() as patch:
-            patch.setattr("nemotron_fast.model.FEW_TOKENS", 0)
-            want = logits_of(config, weights, num_tokens)
+    for num_tokens in (1, 5, 16):
+        logits = []
+        for most_few, most_delta in ((16, 64), (0, 64), (0, 0)):  # RowStatsResidual, Residual with deltas and without
+            monkeypatch.setattr("nemotron_fast.model.FEW_TOKENS", most_few)
+            monkeypatch.setattr("nemotron_fast.residual.MOST_DELTA_TOKENS", most_delta)
+            logits.append(logits_of(config, weights, num_tokens))
+        found, want, without_deltas = logits
+        assert torch.equal(without_deltas, want)
         # bf16 differs in places because squares are added in another order, and e4m3 where a tie rounds otherwise
         torch.testing.assert_close(found, want, rtol=0.05, atol=0.05 * want.std().item())

@@ -44,7 +44,8 @@ __device__ __forceinline__ float silu_mul(float gate, float up) {
 // Of a token's rows row + 8 h and row + 8 h + 1.
 using ResidualPairs = __nv_bfloat162[2];
 
-__device__ __forceinline__ __nv_bfloat162* residual_at(const PackedLinearParams& p, int token, int row, int h) {
+__device__ __forceinline__ __nv_bfloat162* residual_at(const PackedLinearParams& p, int token, int row,
+                                                       int h) {
   return reinterpret_cast<__nv_bfloat162*>(static_cast<__nv_bfloat16*>(p.out) + token * p.out_stride + row +
                                            8 * h);
 }
@@ -103,12 +104,11 @@ __device__ __forceinline__ float token_scale(const PackedLinearParams& p, int to
   return p.x_scale ? p.x_scale[p.x_scale_per_token ? token : 0] : 1.0f;
 }
 
-// Scales and stores the 16 rows from `strip` on of the 2 * kRegs tokens from `first_token` on. s_stats
-// [tokens]: what the warp leaves of their statistics, if they are wanted. x_scale_of(t): the scale of token
-// t's row of x.
-template <bool kOutStats, int kRegs, class ScaleOf>
+// Scales and stores the 16 rows from `strip` on of 2 * kRegs tokens. s_stats [tokens]: what the warp leaves
+// of their statistics, if they are wanted. x_scale_of(t): the scale of token t's row of x.
+template <int kRegs, class ScaleOf>
 __device__ __forceinline__ void finish(const float (&r_acc)[kRegs], const PackedLinearParams& p, int strip,
-                                       int first_token, int lane, float2* s_stats, ScaleOf&& x_scale_of) {
+                                       int lane, float2* s_stats, ScaleOf&& x_scale_of) {
   const bool inside = strip < p.num_rows, odd_row = lane / 4 % 2 != 0;
   const int row = strip + lane / 8 * 2;
   float weight_scale[2][2];
@@ -118,44 +118,37 @@ __device__ __forceinline__ void finish(const float (&r_acc)[kRegs], const Packed
     for (int i = 0; i < 2; ++i) weight_scale[h][i] = inside ? row_scale(p, row + 8 * h + i) : 1.0f;
   }
   constexpr int kGroups = kRegs / 4;  // of 8 tokens
-  constexpr int kBatch = kGroups <= 4 ? kGroups : 2;  // 4 of 8 would spill
-  const auto token_of = [&](int group) { return first_token + group * 8 + lane % 4 * 2 + odd_row; };
+  const auto token_of = [&](int group) { return group * 8 + lane % 4 * 2 + odd_row; };
+  float x_scale[kGroups];
+  ResidualPairs residuals[kGroups];
 #pragma unroll
-  for (int first = 0; first < kGroups; first += kBatch) {
-    asm volatile("" ::: "memory");  // one batch at a time: all addresses at once need too many registers
-    float x_scale[kBatch];
-    ResidualPairs residuals[kBatch];
+  for (int i = 0; i < kGroups; ++i) {  // all loads are under way together
+    const int token = token_of(i);
+    if (!inside || token >= p.num_tokens) continue;
+    x_scale[i] = x_scale_of(token);
+    if (p.epilogue == Epilogue::kAdd)
 #pragma unroll
-    for (int i = 0; i < kBatch; ++i) {  // the loads of a batch are under way together
-      const int token = token_of(first + i);
-      if (!inside || token >= p.num_tokens) continue;
-      x_scale[i] = x_scale_of(token);
-      if (p.epilogue == Epilogue::kAdd)
+      for (int h = 0; h < 2; ++h) residuals[i][h] = *residual_at(p, token, row, h);
+  }
 #pragma unroll
-        for (int h = 0; h < 2; ++h) residuals[i][h] = *residual_at(p, token, row, h);
-    }
+  for (int i = 0; i < kGroups; ++i) {
+    const float* r = &r_acc[i * 4];
+    RowPair y[2] = {exchange(r[0], r[1], odd_row), exchange(r[2], r[3], odd_row)};
+    const int token = token_of(i);
+    float2 stats{0.0f, 0.0f};
+    if (inside && token < p.num_tokens) {
 #pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
-      const float* r = &r_acc[(first + i) * 4];
-      RowPair y[2] = {exchange(r[0], r[1], odd_row), exchange(r[2], r[3], odd_row)};
-      const int token = token_of(first + i);
-      float2 stats{0.0f, 0.0f};
-      if (inside && token < p.num_tokens) {
+      for (int h = 0; h < 2; ++h) {
 #pragma unroll
-        for (int h = 0; h < 2; ++h) {
-#pragma unroll
-          for (int j = 0; j < 2; ++j) y[h].v[j] *= x_scale[i], y[h].v[j] *= weight_scale[h][j];
-        }
-        stats = store_pairs(p, y, residuals[i], token, row);
+        for (int j = 0; j < 2; ++j) y[h].v[j] *= x_scale[i], y[h].v[j] *= weight_scale[h][j];
       }
-      if constexpr (kOutStats) {
-        if (!p.out_stats) continue;
-#pragma unroll
-        for (int mask = 8; mask < kWarpSize; mask *= 2)  // the lanes that have the same token
-          stats = merge_stats(stats, shuffle_xor(stats, mask));
-        if (lane < 8) s_stats[token] = stats;
-      }
+      stats = store_pairs(p, y, residuals[i], token, row);
     }
+    if (!p.out_stats) continue;
+#pragma unroll
+    for (int mask = 8; mask < kWarpSize; mask *= 2)  // the lanes that have the same token
+      stats = merge_stats(stats, shuffle_xor(stats, mask));
+    if (lane < 8) s_stats[token] = stats;
   }
 }
 

@@ -5,7 +5,8 @@
 // Grid: one CTA per SM, in clusters of two, which stay for the whole launch (gemm_schedule.h says what each
 // computes). A cluster's tile is 256 rows x up to 256 tokens, one block of rows for each CTA, so that both
 // read the same activations: each loads half of them, for both. In a CTA a producer thread fills the ring,
-// two warpgroups multiply 64 rows x all tokens each. L2 gives 32 KB for each 128 x 256 x 128 e4m3 products.
+// two warpgroups multiply 64 rows x all tokens each. For the widest tile L2 gives 32 KB for each 128 x 256 x
+// 128 e4m3 products.
 #pragma once
 
 #include "host/gemm_schedule.h"
@@ -13,8 +14,8 @@
 #include "kernels/common/device.cuh"
 #include "kernels/common/dispatch.h"
 #include "kernels/common/launch.h"
-#include "kernels/linear/gemm_epilogue.cuh"
 #include "kernels/linear/linear.h"
+#include "kernels/linear/tile_output.cuh"
 #include "kernels/ptx/bulk_copy.cuh"
 #include "kernels/ptx/cluster.cuh"
 #include "kernels/ptx/named_barrier.cuh"
@@ -24,11 +25,36 @@
 namespace nf {
 namespace {
 
+constexpr int kClusterCtas = 2;
+
+// kTokens_: of a full tile.
+template <class Element_, int kTokens_>
+struct GemmConfig {
+  using Element = Element_;
+  static constexpr int kTokens = kTokens_;
+  static constexpr int kHalfTokens = kTokens / 2;
+  static constexpr int kLoadedTokens =
+      kHalfTokens / kClusterCtas;  // at once: what a CTA loads of half a tile
+  static constexpr int kLoadedBytes = kLoadedTokens * kTileRowBytes;
+  static constexpr int kStageBytes = kBlockTileBytes + kTokens * kTileRowBytes;
+  static constexpr int kStages = 204 * 1024 / kStageBytes;
+  static constexpr int kStagings = 2;
+  static_assert(kTokens % kTileTokensStep == 0 && kHalfTokens % kBoxTokens == 0 && kLoadedTokens % 8 == 0);
+
+  // wgmma keeps only some 14 bits of a sum of e4m3 products. After kFoldTiles k tiles its upper part is moved
+  // to other registers (TileOutput::fold), which bounds the error for any K. An emulation of such sums gives
+  // these errors, as parts of the root of the sum of the squared products: after every 1, 4, 16, 32
+  // tiles 1.2e-4, 3.4e-4, 8.5e-4, 1.3e-3 on average (root of squares), without any 2.1e-3 at K = 8192
+  // and 4.3e-3 at K = 28672. Rounding to bf16: 1.1e-3.
+  static constexpr bool kFolds = sizeof(Element) == 1;
+  static constexpr int kFoldTiles = 32;
+};
+
 constexpr int kConsumerWarps = 2 * kWarpgroupThreads / kWarpSize;
 constexpr int kThreads = 3 * kWarpgroupThreads;  // of the last warpgroup one thread produces
 constexpr uint16_t kBothCtas = (1 << kClusterCtas) - 1;
 
-constexpr int kWarpgroupBarrier = 1;  // + i is warpgroup i's; 0 is __syncthreads'
+enum NamedBarrier { kAllThreads, kFirstWarpgroup };  // kFirstWarpgroup + i is warpgroup i's
 
 template <class C>
 struct GemmSmem {
@@ -70,7 +96,7 @@ __device__ __forceinline__ int first_tile() { return blockIdx.x / kClusterCtas; 
 template <class C>
 struct GemmProducer {
   GemmSmem<C>& s;
-  const CUtensorMap& x_map;
+  const CUtensorMap &x_map, &out_map;
   const PackedLinearParams& p;
   const GemmSchedule& schedule;
   const int rank;
@@ -79,6 +105,7 @@ struct GemmProducer {
 
   __device__ __forceinline__ void init_barriers() {
     ptx::prefetch_tensor_map(&x_map);
+    if (p.out_type != OutType::kFloat) ptx::prefetch_tensor_map(&out_map);
     for (int i = 0; i < C::kStages; ++i) {
       ptx::mbarrier_init(&s.full[i], 1);
       ptx::mbarrier_init(&s.empty[i], kConsumerWarps * kClusterCtas);  // a stage is refilled by both CTAs
@@ -142,7 +169,7 @@ struct Multiplier {
 
   // The products of the stage at `ring`, not waited for.
   template <int kHalves>
-  __device__ __forceinline__ void start_products(GemmAccumulators<C>& r_acc, bool accumulate) {
+  __device__ __forceinline__ void start_products(Accumulators<C>& r_acc, bool accumulate) {
     constexpr typename C::Element kTag{};
     const auto& stage = s.stage[uniform(ring.stage)];
     const uint64_t weight = ptx::wgmma_descriptor(stage.weight[warpgroup]),
@@ -156,11 +183,10 @@ struct Multiplier {
     ptx::wgmma_commit();
   }
 
-  // r_acc + the strip's words = the sums of all k tiles. First, while the tensor cores are busy, what the
-  // strip still holds of the tile before is stored.
+  // r_acc + the output's words = the sums of all k tiles. Unless there are too few, what the output still
+  // holds of the tile before is stored first, while the tensor cores are busy.
   template <int kHalves>
-  __device__ __forceinline__ void multiply(GemmAccumulators<C>& r_acc, int num_k_tiles, Strip<C>& strip) {
-    if (num_k_tiles <= C::kPieces) strip.store(thread);
+  __device__ __forceinline__ void multiply(Accumulators<C>& r_acc, int num_k_tiles, TileOutput<C>& output) {
     start_products<kHalves>(r_acc, false);
     int started = 1;
     const auto next = [&](auto&& meanwhile) {
@@ -172,23 +198,25 @@ struct Multiplier {
       release(previous);
       ++started;
     };
-    if (num_k_tiles > C::kPieces) {
+    if (num_k_tiles > TileOutput<C>::kPieces) {
 #pragma unroll
-      for (int piece = 0; piece < C::kPieces; ++piece) next([&] { strip.store_piece(piece, thread); });
+      for (int piece = 0; piece < TileOutput<C>::kPieces; ++piece)
+        next([&] { output.store_piece(piece, thread); });
     }
-    static_assert(C::kFoldTiles / 2 > C::kPieces);
+    static_assert(C::kFoldTiles / 2 > TileOutput<C>::kPieces);
     // The warpgroups take turns, so that the tensor cores stay busy.
     const int folds_at = !C::kFolds ? num_k_tiles : warpgroup == 0 ? C::kFoldTiles : C::kFoldTiles / 2;
-    if constexpr (C::kFolds) strip.clear();
+    if constexpr (C::kFolds) output.clear();
 #pragma unroll 1
     for (int end = min(folds_at, num_k_tiles);; end = min(end + C::kFoldTiles, num_k_tiles)) {
 #pragma unroll 1
       while (started < end) next([] {});
       ptx::wgmma_wait();
+      ptx::wgmma_settled(r_acc);
       release(ring.stage);
       ring.advance();
       if (end == num_k_tiles) break;
-      strip.fold<kHalves>(r_acc);
+      output.fold<kHalves>(r_acc);
       start_products<kHalves>(r_acc, true);
       ++started;
     }
@@ -201,15 +229,15 @@ struct GemmConsumer {
   const PackedLinearParams& p;
   const int k_tiles, warpgroup, thread;
   Multiplier<C> multiplier;
-  Strip<C> strip;
+  TileOutput<C> output;
 
   template <int kHalves>
   __device__ __forceinline__ void make(int token, int row, const TileScales<C>& scales) {
-    GemmAccumulators<C> r_acc;
-    multiplier.template multiply<kHalves>(r_acc, k_tiles, strip);
+    Accumulators<C> r_acc;
+    multiplier.template multiply<kHalves>(r_acc, k_tiles, output);
     ptx::wait_for_copies<0>();
-    ptx::barrier_sync(strip.barrier, kWarpgroupThreads);  // the scales are there
-    strip.template take<kHalves>(r_acc, scales, row, token, here(thread));
+    ptx::barrier_sync(output.barrier, kWarpgroupThreads);  // the scales are there
+    output.template take<kHalves>(r_acc, scales, row, token, here(thread));
   }
 
   __device__ __forceinline__ void run(const GemmSchedule& schedule, int rank) {
@@ -221,12 +249,13 @@ struct GemmConsumer {
       const int row = (tile.pair * kClusterCtas + rank) * kBlockRows + warpgroup * kTileRows;
       TileScales<C>& scales = s.scales[warpgroup][turn];
       scales.start_loading(p, row, tile.token, here(thread));
+      if (k_tiles <= TileOutput<C>::kPieces) output.store(thread);  // too few products to hide it behind
       if (uniform(tile.num_halves) == 2)
         make<2>(tile.token, row, scales);
       else
         make<1>(tile.token, row, scales);
     }
-    strip.store(thread);
+    output.store(thread);
     if (thread == 0) ptx::wait_for_stores();
   }
 };
@@ -243,7 +272,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   auto& s = *reinterpret_cast<GemmSmem<C>*>(s_bytes);
   const int warp = uniform(threadIdx.x / kWarpSize), rank = ptx::cluster_rank();
   const bool is_producer = threadIdx.x == kConsumerWarps * kWarpSize;
-  GemmProducer<C> producer{s, x_map, p, schedule, rank, k_tiles};
+  GemmProducer<C> producer{s, x_map, out_map, p, schedule, rank, k_tiles};
   if (is_producer) producer.init_barriers();
   ptx::cluster_sync();  // the barriers of both rings exist
 
@@ -257,7 +286,7 @@ __global__ void __launch_bounds__(kThreads, 1)
                     warpgroup,
                     thread,
                     {s, warpgroup, thread, {}},
-                    {p, out_map, s.staging[warpgroup], s.out_scale[warpgroup], kWarpgroupBarrier + warpgroup}}
+                    {p, out_map, s.staging[warpgroup], s.out_scale[warpgroup], kFirstWarpgroup + warpgroup}}
         .run(schedule, rank);
   } else {
     ptx::leave_registers<40>();
@@ -283,14 +312,15 @@ void launch_gemm_of(const PackedLinearParams& p, cudaStream_t stream) {
                    .threads = kThreads,
                    .smem_bytes = int(sizeof(GemmSmem<C>)),
                    .cluster = kClusterCtas},
-                  stream, x_map, gemm_out_map(p), p,
+                  stream, x_map, out_map(p), p,
                   make_gemm_schedule(p.num_rows, p.num_tokens, num_clusters, C::kTokens),
                   int(packed_shape(p.num_rows, p.num_cols, kElementBytes).k_tiles()));
 }
 
 template <class Element>
 void launch_gemm(const PackedLinearParams& p, cudaStream_t stream) {
-  dispatch<128, 160, 192, 224, 256>("tile_tokens", gemm_tile_tokens(p.num_tokens), [&](auto tokens) {
+  static_assert(kMinTileTokens == 96 && kMaxTileTokens == 256 && kTileTokensStep == 32);
+  dispatch<96, 128, 160, 192, 224, 256>("tile_tokens", gemm_tile_tokens(p.num_tokens), [&](auto tokens) {
     launch_gemm_of<GemmConfig<Element, tokens>>(p, stream);
   });
 }

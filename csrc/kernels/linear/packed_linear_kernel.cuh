@@ -3,8 +3,8 @@
 // (linear_schedule.h says which k tiles each takes); a producer thread streams 16 KB of packed weight and the
 // same k tile of the activations into a ring, two warpgroups multiply 64 rows each. Where x are rows with
 // statistics, a few more warps make its tiles (tile_maker.cuh). Bandwidth bound: reads N * K weight elements
-// once, T * K activations from L2 per block. An earlier form without statistics read 4.4 TB/s of 4.54 for 1 to 8
-// tokens on an H200, 3.9 for 64.
+// once, T * K activations from L2 per block. All linears of a step read 3.03 TB/s on an H100 for up to 32
+// tokens, 2.88 for 64.
 //
 // The weights depend on no kernel, so the ring is filled before wait_for_predecessor(): HBM works while the
 // predecessor ends.
@@ -13,6 +13,7 @@
 #include <algorithm>
 #include <atomic>
 #include <string>
+#include <type_traits>
 
 #include "kernels/common/check.h"
 #include "kernels/common/device.cuh"
@@ -21,6 +22,7 @@
 #include "kernels/linear/epilogue.cuh"
 #include "kernels/linear/linear.h"
 #include "kernels/linear/tile_maker.cuh"
+#include "kernels/linear/tile_output.cuh"
 #include "kernels/ptx/bulk_copy.cuh"
 #include "kernels/ptx/named_barrier.cuh"
 #include "kernels/ptx/tensor_map.h"
@@ -29,23 +31,28 @@
 namespace nf {
 namespace {
 
-constexpr int kStatsBarrier = 2;
+enum LinearBarrier { kStats = kMakers + 1, kFirstWarpgroup };  // kFirstWarpgroup + i is warpgroup i's
 
 template <class Element_, int kTokens_, bool kMakesX_>
 struct LinearConfig {
   using Element = Element_;
-  static constexpr int kTokens = kTokens_;                           // padded, the rows of an activation tile
-  static constexpr bool kMakesX = kMakesX_;                          // are x rows with statistics?
-  static constexpr bool kOutStats = kTokens <= kMaxTokensWithStats;  // may they be wanted of the result?
-  static constexpr int kRegs = kTokens / 2;                          // accumulators of a thread
+  static constexpr int kTokens = kTokens_;   // padded, the rows of an activation tile
+  static constexpr bool kMakesX = kMakesX_;  // are x rows with statistics?
+  static constexpr int kRegs = kTokens / 2;  // accumulators of a thread
   static constexpr int kTileElements = kTileRowBytes / int(sizeof(Element));
 
   // wgmma keeps only some 14 bits of an e4m3 sum: it is added to FP32 registers after every k tile.
-  static constexpr bool kPromote = sizeof(Element) == 1;
+  static constexpr bool kPromote = sizeof(Element) == 1, kFolds = false;
+
+  // Do results leave through shared memory (tile_output.cuh)? Of fewer tokens the warps store them, with
+  // statistics if they are wanted.
+  static constexpr bool kStagesOutput = kTokens >= kPieceTokens;
+  static_assert(kStagesOutput || kTokens <= kMaxTokensWithStats);
+  static constexpr int kStagings = 1;
 
   static constexpr int kStageBytes = kBlockTileBytes + kTokens * kTileRowBytes;
   // Two CTAs share an SM, one of this kernel and one of its successor, which fills its ring meanwhile.
-  static constexpr int kStages = 104 * 1024 / kStageBytes;
+  static constexpr int kStages = (kTokens == 64 ? 96 : 104) * 1024 / kStageBytes;
   static constexpr int kCopiedBytes = kMakesX ? kBlockTileBytes : kStageBytes;  // of a stage
 
   static constexpr int kConsumerWarps = 2 * kWarpgroupThreads / kWarpSize;
@@ -55,16 +62,30 @@ struct LinearConfig {
   static constexpr int kMaxThreads = kMakesX ? 1024 : kTokens == 64 ? 640 : 800;
 };
 
+// For TileOutput, of each warpgroup.
+template <class C>
+struct OutputStagings {
+  alignas(1024) Staging of[2][C::kStagings];
+};
+template <class C>
+struct OutputScales {
+  TileScales<C> tile[2][2];  // of two blocks: the last one's may still be read
+  Divisor out[2];
+};
+struct Nothing {};
+
 template <class C>
 struct LinearSmem {
   struct Stage {
     alignas(1024) uint8_t weight[2][kTileBytes];          // [warpgroup], 64 swizzled rows
     alignas(1024) uint8_t x[C::kTokens * kTileRowBytes];  // swizzled rows
   } stage[C::kStages];
+  std::conditional_t<C::kStagesOutput, OutputStagings<C>, Nothing> staging;
+  std::conditional_t<C::kStagesOutput, OutputScales<C>, Nothing> scales;
   alignas(8) uint64_t full[C::kStages], empty[C::kStages];
   RowFactors factors[C::kMakesX ? C::kTokens : 1];  // of the rows of x
   // Of the result's block, by warp: two, as one block's may still be read when the next block's are written.
-  float2 stats[2][C::kConsumerWarps][C::kOutStats ? C::kTokens : 1];
+  float2 stats[2][C::kConsumerWarps][C::kStagesOutput ? 1 : C::kTokens];
 };
 
 // Steps through the ring.
@@ -128,9 +149,6 @@ struct Producer {
     }
   }
 };
-
-template <class C>
-using Accumulators = float[C::kRegs];
 
 // acc (+)= the products of the stage at `ring`.
 template <class C>
@@ -204,31 +222,28 @@ __device__ __forceinline__ void publish(const Accumulators<C>& r_acc, uint4* slo
 template <class C>
 __device__ __forceinline__ void collect(Accumulators<C>& r_acc, const PackedLinearParams& p, int block_end,
                                         int warpgroup, int thread) {
-  constexpr int kBatch = C::kTokens < 64 ? C::kTokens / 8 : 8;  // loads in flight; registers allow no more
+  constexpr int kWords = C::kTokens / 8;
 #pragma unroll 1
   for (int cta = blockIdx.x + 1; cta < p.schedule.num_slices && p.schedule.slice_begin(cta) < block_end;
        ++cta) {
     uint4* slot = slot_of<C>(p.workspace, cta, warpgroup, thread);
+    uint4 v[kWords];
+    bool absent;
+    do {
+      absent = false;
 #pragma unroll
-    for (int first = 0; first < C::kTokens / 8; first += kBatch) {
-      uint4 v[kBatch];
-      bool absent;
-      do {
-        absent = false;
+      for (int i = 0; i < kWords; ++i) v[i] = load_relaxed(slot + i * kWarpgroupThreads);
 #pragma unroll
-        for (int i = 0; i < kBatch; ++i) v[i] = load_relaxed(slot + (first + i) * kWarpgroupThreads);
+      for (int i = 0; i < kWords; ++i)
+        absent |= v[i].x == kAbsent || v[i].y == kAbsent || v[i].z == kAbsent || v[i].w == kAbsent;
+    } while (absent);
 #pragma unroll
-        for (int i = 0; i < kBatch; ++i)
-          absent |= v[i].x == kAbsent || v[i].y == kAbsent || v[i].z == kAbsent || v[i].w == kAbsent;
-      } while (absent);
-#pragma unroll
-      for (int i = 0; i < kBatch; ++i) {
-        store_relaxed(slot + (first + i) * kWarpgroupThreads,
-                      {kAbsent, kAbsent, kAbsent, kAbsent});  // for the next launch
-        float* r = &r_acc[(first + i) * 4];
-        r[0] += __uint_as_float(v[i].x), r[1] += __uint_as_float(v[i].y);
-        r[2] += __uint_as_float(v[i].z), r[3] += __uint_as_float(v[i].w);
-      }
+    for (int i = 0; i < kWords; ++i) {
+      store_relaxed(slot + i * kWarpgroupThreads,
+                    {kAbsent, kAbsent, kAbsent, kAbsent});  // for the next launch
+      float* r = &r_acc[i * 4];
+      r[0] += __uint_as_float(v[i].x), r[1] += __uint_as_float(v[i].y);
+      r[2] += __uint_as_float(v[i].z), r[3] += __uint_as_float(v[i].w);
     }
   }
 }
@@ -244,7 +259,7 @@ __device__ __forceinline__ float x_scale(const LinearSmem<C>& s, const PackedLin
 template <class C>
 __device__ __forceinline__ void store_stats(const float2 (&s_stats)[C::kConsumerWarps][C::kTokens],
                                             const PackedLinearParams& p, int block) {
-  ptx::barrier_sync(kStatsBarrier, C::kConsumerWarps * kWarpSize);  // s_stats are written
+  ptx::barrier_sync(kStats, C::kConsumerWarps * kWarpSize);  // s_stats are written
   const int token = threadIdx.x;
   if (token >= p.num_tokens) return;
   float2 stats = s_stats[0][token];
@@ -254,18 +269,46 @@ __device__ __forceinline__ void store_stats(const float2 (&s_stats)[C::kConsumer
   p.out_stats[int64_t(token) * num_blocks + block] = stats;
 }
 
+// First row of a warpgroup's part of a block.
+__device__ __forceinline__ int warpgroup_row(int block, int warpgroup) {
+  return block * kBlockRows + warpgroup * kTileRows;
+}
+
 template <class C>
-__device__ __forceinline__ void consume(LinearSmem<C>& s, const PackedLinearParams& p, UnitRange range,
-                                        int warp) {
+__device__ __forceinline__ void start_loading_scales(LinearSmem<C>& s, const PackedLinearParams& p, int block,
+                                                     int warpgroup, int thread) {
+  s.scales.tile[warpgroup][block % 2].start_loading(p, warpgroup_row(block, warpgroup), 0, thread);
+}
+
+template <class C>
+__device__ __forceinline__ void store_output(LinearSmem<C>& s, const CUtensorMap& out_map,
+                                             const Accumulators<C>& r_acc, const PackedLinearParams& p,
+                                             int block, int warpgroup, int thread) {
+  TileOutput<C> output{p, out_map, s.staging.of[warpgroup], s.scales.out[warpgroup],
+                       kFirstWarpgroup + warpgroup};
+  ptx::wait_for_copies<0>();
+  ptx::barrier_sync(output.barrier, kWarpgroupThreads);  // the scales are there
+  output.template take<2>(r_acc, s.scales.tile[warpgroup][block % 2], warpgroup_row(block, warpgroup), 0,
+                          thread);
+  output.store(thread);
+}
+
+template <class C>
+__device__ __forceinline__ void consume(LinearSmem<C>& s, const CUtensorMap& out_map,
+                                        const PackedLinearParams& p, UnitRange range, int warp) {
   const int warpgroup = warp / (kWarpgroupThreads / kWarpSize), thread = threadIdx.x % kWarpgroupThreads;
   const int k_tiles = p.schedule.k_tiles;
   RingPosition<C> ring;
   Accumulators<C> r_acc;
   int block = range.begin / k_tiles;
+  if constexpr (C::kStagesOutput)
+    if (p.out_scale && thread == 0) s.scales.out[warpgroup] = *p.out_scale;
   for (int unit = range.begin; unit < range.end; ++block) {
     const int block_begin = block * k_tiles, block_end = block_begin + k_tiles;
     const int piece_end = min(block_end, range.end);
     const bool owner = unit == block_begin;
+    if constexpr (C::kStagesOutput)
+      if (owner) start_loading_scales<C>(s, p, block, warpgroup, thread);
     multiply_stage<C>(r_acc, s, ring, warpgroup, false);
     ring.advance();
 #pragma unroll 1
@@ -275,11 +318,16 @@ __device__ __forceinline__ void consume(LinearSmem<C>& s, const PackedLinearPara
       continue;
     }
     if (piece_end < block_end) collect<C>(r_acc, p, block_end, warpgroup, thread);
-    finish<C::kOutStats>(r_acc, p, block * kBlockRows + warp * kStripRows, 0, thread % kWarpSize,
-                         s.stats[block % 2][warp], [&](int token) { return x_scale<C>(s, p, token); });
-    if constexpr (C::kOutStats)
+    if constexpr (C::kStagesOutput) {
+      store_output<C>(s, out_map, r_acc, p, block, warpgroup, thread);
+    } else {
+      finish(r_acc, p, block * kBlockRows + warp * kStripRows, thread % kWarpSize, s.stats[block % 2][warp],
+             [&](int token) { return x_scale<C>(s, p, token); });
       if (p.out_stats) store_stats<C>(s.stats[block % 2], p, block);
+    }
   }
+  if constexpr (C::kStagesOutput)
+    if (thread == 0) ptx::wait_for_stores();
 }
 
 #endif
@@ -287,6 +335,7 @@ __device__ __forceinline__ void consume(LinearSmem<C>& s, const PackedLinearPara
 template <class C>
 __global__ void __launch_bounds__(C::kMaxThreads)
     packed_linear_kernel(const __grid_constant__ CUtensorMap x_map,
+                         const __grid_constant__ CUtensorMap out_map,
                          const __grid_constant__ PackedLinearParams p) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   extern __shared__ __align__(1024) uint8_t s_bytes[];
@@ -301,7 +350,7 @@ __global__ void __launch_bounds__(C::kMaxThreads)
 
   if (warp < C::kConsumerWarps) {
     wait_for_predecessor();
-    consume<C>(s, p, range, warp);
+    consume<C>(s, out_map, p, range, warp);
   } else {
     if (is_producer) producer.run();
     if constexpr (C::kMakesX) {
@@ -317,7 +366,7 @@ __global__ void __launch_bounds__(C::kMaxThreads)
 // Launches take turns with two footprints, each more than half of an SM in one resource: much shared memory,
 // or so many (idle) warps that they have more than half of the registers. So one CTA of each fits on an SM,
 // but never two of the same launch, which would share what bandwidth one SM has while another SM has no CTA.
-constexpr int kWideSmemBytes = 117 * 1024;
+constexpr int kWideSmemBytes = 116 * 1024;
 
 // Of the launch with many warps. With `limit` warps on an SM at most, that has to be more than limit / 2, and
 // limit - kThreads / 32 at most.
@@ -345,7 +394,7 @@ template <class C>
 void launch_linear(const PackedLinearParams& p, cudaStream_t stream) {
   constexpr auto kKernel = packed_linear_kernel<C>;
   constexpr int kSmemBytes = int(sizeof(LinearSmem<C>));
-  static_assert(kSmemBytes <= 107 * 1024);
+  static_assert(kSmemBytes <= 110 * 1024);
   NF_CHECK(can_overlap<kKernel>(), "a GPU or a build without sm_90a");
   constexpr int kElementBytes = int(sizeof(typename C::Element));
   CUtensorMap x_map{};
@@ -358,7 +407,7 @@ void launch_linear(const PackedLinearParams& p, cudaStream_t stream) {
     grid.threads = wide_threads<C>();
   else
     grid.smem_bytes = kWideSmemBytes;
-  launch<kKernel>(grid, stream, x_map, p);
+  launch<kKernel>(grid, stream, x_map, C::kStagesOutput ? nf::out_map(p) : CUtensorMap{}, p);
 }
 
 template <class Element>

@@ -13,7 +13,7 @@
 namespace nf {
 namespace {
 
-constexpr int kMakerBarrier = 1;  // 0 is __syncthreads
+enum MakerBarrier { kAllThreads, kMakers };
 
 // C: LinearConfig, S: LinearSmem<C>. As many warps as the ring has stages, warp i for stage i: with more, one
 // could be two turns of the ring ahead, where parities of the phases repeat.
@@ -63,7 +63,7 @@ struct TileMaker {
       const RowFactors factors = row_factors(p.x_rows, token, p.num_cols);
       if (lane == 0) s.factors[token] = factors;
     }
-    ptx::barrier_sync(kMakerBarrier, C::kMakerWarps * kWarpSize);  // all factors are known
+    ptx::barrier_sync(kMakers, C::kMakerWarps * kWarpSize);  // all factors are known
   }
 
   // This lane's 4 bytes of row `token`, swizzled.

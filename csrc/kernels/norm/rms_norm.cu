@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// RMS norm, residual add + RMS norm, and that with its result as e4m3. Grid (T); one CTA = one row, held in
+// RMS norm and residual add + RMS norm, also with the result as e4m3. Grid (T); one CTA = one row, held in
 // registers between its one read and its one write. Bandwidth bound: moves 2*T*E elements (4*T*E with a
 // residual) and E weights.
 #include <climits>
@@ -148,8 +148,8 @@ void check_and_launch(const RmsNormParams<Scalar, Out>& p, const NormConfig& con
 
 }  // namespace
 
-template <class Scalar>
-void rms_norm(const RmsNormParams<Scalar>& p, const NormConfig& config, cudaStream_t stream) {
+template <class Scalar, class Out>
+void rms_norm(const RmsNormParams<Scalar, Out>& p, const NormConfig& config, cudaStream_t stream) {
   check_and_launch<false>(p, config, stream);
 }
 
@@ -158,12 +158,13 @@ void add_rms_norm(const RmsNormParams<Scalar, Out>& p, const NormConfig& config,
   check_and_launch<true>(p, config, stream);
 }
 
-template void rms_norm(const RmsNormParams<__nv_bfloat16>&, const NormConfig&, cudaStream_t);
-template void rms_norm(const RmsNormParams<__half>&, const NormConfig&, cudaStream_t);
-template void add_rms_norm(const RmsNormParams<__nv_bfloat16>&, const NormConfig&, cudaStream_t);
-template void add_rms_norm(const RmsNormParams<__half>&, const NormConfig&, cudaStream_t);
-template void add_rms_norm(const RmsNormParams<__nv_bfloat16, __nv_fp8_e4m3>&, const NormConfig&,
-                           cudaStream_t);
-template void add_rms_norm(const RmsNormParams<__half, __nv_fp8_e4m3>&, const NormConfig&, cudaStream_t);
+#define NF_NORMS(Scalar, Out)                                                                 \
+  template void rms_norm(const RmsNormParams<Scalar, Out>&, const NormConfig&, cudaStream_t); \
+  template void add_rms_norm(const RmsNormParams<Scalar, Out>&, const NormConfig&, cudaStream_t);
+NF_NORMS(__nv_bfloat16, __nv_bfloat16)
+NF_NORMS(__nv_bfloat16, __nv_fp8_e4m3)
+NF_NORMS(__half, __half)
+NF_NORMS(__half, __nv_fp8_e4m3)
+#undef NF_NORMS
 
 }  // namespace nf

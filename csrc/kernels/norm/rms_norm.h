@@ -33,8 +33,8 @@ struct RmsNormParams {
 };
 
 // out = norm(x)
-template <class Scalar>
-void rms_norm(const RmsNormParams<Scalar>& p, const NormConfig& config, cudaStream_t stream);
+template <class Scalar, class Out>
+void rms_norm(const RmsNormParams<Scalar, Out>& p, const NormConfig& config, cudaStream_t stream);
 
 // residual += x, rounded to Scalar; out = norm(residual)
 template <class Scalar, class Out>

@@ -15,7 +15,7 @@ namespace nf::ptx {
 // 16-byte chunks of 256, 512 or 1024 bytes in shared memory are permuted so that 8 rows' same chunks lie in
 // different banks, those of 128 as wgmma reads them. Sizes and boxes count elements, the contiguous dimension
 // first; `strides`, of the other dimensions, are bytes, multiples of 16 as `data` is. What a box has beyond
-// the tensor is zero.
+// the tensor is zero when it is loaded, and is not stored.
 template <int kRank>
 CUtensorMap swizzled_map(const void* data, int element_bytes, const cuuint64_t (&sizes)[kRank],
                          const cuuint64_t (&strides)[kRank - 1], const cuuint32_t (&box)[kRank]) {

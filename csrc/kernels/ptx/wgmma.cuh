@@ -92,8 +92,8 @@ __device__ __forceinline__ void leave_registers() {
 #define NF_LIST_8 "%0, %1, %2, %3"
 #define NF_LIST_16 NF_LIST_8 ", %4, %5, %6, %7"
 #define NF_LIST_32 NF_LIST_16 ", %8, %9, %10, %11, %12, %13, %14, %15"
-#define NF_LIST_64 \
-  NF_LIST_32 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define NF_LIST_48 NF_LIST_32 ", %16, %17, %18, %19, %20, %21, %22, %23"
+#define NF_LIST_64 NF_LIST_48 ", %24, %25, %26, %27, %28, %29, %30, %31"
 #define NF_LIST_80 NF_LIST_64 ", %32, %33, %34, %35, %36, %37, %38, %39"
 #define NF_LIST_96 NF_LIST_80 ", %40, %41, %42, %43, %44, %45, %46, %47"
 #define NF_LIST_112 NF_LIST_96 ", %48, %49, %50, %51, %52, %53, %54, %55"
@@ -106,14 +106,15 @@ __device__ __forceinline__ void leave_registers() {
   NF_LIST_192 ", %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111"
 #define NF_LIST_256 \
   NF_LIST_224       \
-      ", %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
+  ", %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
 #define NF_FOUR(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
 #define NF_16(i) NF_FOUR(i), NF_FOUR(i + 4)
 #define NF_32(i) NF_16(i), NF_16(i + 8)
 #define NF_REGS_8 NF_FOUR(0)
 #define NF_REGS_16 NF_16(0)
 #define NF_REGS_32 NF_32(0)
-#define NF_REGS_64 NF_REGS_32, NF_32(16)
+#define NF_REGS_48 NF_REGS_32, NF_16(16)
+#define NF_REGS_64 NF_REGS_48, NF_16(24)
 #define NF_REGS_80 NF_REGS_64, NF_16(32)
 #define NF_REGS_96 NF_REGS_80, NF_16(40)
 #define NF_REGS_112 NF_REGS_96, NF_16(48)
@@ -127,6 +128,7 @@ __device__ __forceinline__ void leave_registers() {
   NF_WGMMA(kElement, 8, 4, kTypes, "%4", "%5", "%6", kEnd)           \
   NF_WGMMA(kElement, 16, 8, kTypes, "%8", "%9", "%10", kEnd)         \
   NF_WGMMA(kElement, 32, 16, kTypes, "%16", "%17", "%18", kEnd)      \
+  NF_WGMMA(kElement, 48, 24, kTypes, "%24", "%25", "%26", kEnd)      \
   NF_WGMMA(kElement, 64, 32, kTypes, "%32", "%33", "%34", kEnd)      \
   NF_WGMMA(kElement, 80, 40, kTypes, "%40", "%41", "%42", kEnd)      \
   NF_WGMMA(kElement, 96, 48, kTypes, "%48", "%49", "%50", kEnd)      \
@@ -153,6 +155,7 @@ NF_WGMMA_ROWS(__half, 128, 64, "k16.f32.f16.f16", "%64, %65, %66, %67", "%68", "
 #undef NF_LIST_8
 #undef NF_LIST_16
 #undef NF_LIST_32
+#undef NF_LIST_48
 #undef NF_LIST_64
 #undef NF_LIST_80
 #undef NF_LIST_96
@@ -165,6 +168,7 @@ NF_WGMMA_ROWS(__half, 128, 64, "k16.f32.f16.f16", "%64, %65, %66, %67", "%68", "
 #undef NF_REGS_8
 #undef NF_REGS_16
 #undef NF_REGS_32
+#undef NF_REGS_48
 #undef NF_REGS_64
 #undef NF_REGS_80
 #undef NF_REGS_96

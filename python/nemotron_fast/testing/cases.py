@@ -89,7 +89,7 @@ NORM_TESTS = (
     NormCase(3, 4104, add=True),  # one vector more than a full CTA
     NormCase(2, 32768),  # the widest row
 )
-_NORM_KINDS = ((False, ""), (True, ""), (True, "_fp8"), (True, "_fp8_per_token"))  # add, fp8
+_NORM_KINDS = tuple(product((False, True), ("", "_fp8", "_fp8_per_token")))  # add, fp8
 NORM_BENCH = tuple(
     NormCase(T, E, add, fp8=fp8) for E, (add, fp8), T in product((8192, 16384), _NORM_KINDS, (1, 16, 64, 1024, 8192))
 )

@@ -26,6 +26,7 @@ RESULTS = Path("bench/results")
 
 Inputs = Any  # one input set, whatever the row's `make` returns
 Call = Callable[[Inputs], Any]
+Check = Callable[[Inputs, Call], None]  # calls on a set and raises if what comes out is wrong
 
 
 @dataclass(frozen=True)
@@ -36,11 +37,11 @@ class Row:
     make: Callable[[], Inputs]  # a fresh input set on the device
     ours: Call
     peers: dict[str, Call]
-    check: Callable[[Inputs, Call], None]  # calls on a set and raises if what comes out is wrong
-    check_peer: Callable[[Inputs, Call], None] | None = None  # where peers cannot meet `check`
+    check: Check
+    check_peer: Check | None = None  # where peers cannot meet `check`
 
 
-def equals(want: Call, *, rtol: float, atol: float) -> Callable[[Inputs, Call], None]:
+def equals(want: Call, *, rtol: float, atol: float) -> Check:
     """A check: the result of a call is within the tolerance of `want`'s. For ops that change no input."""
 
     def check(inputs: Inputs, call: Call) -> None:

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 // From a warpgroup's finished sums to the output, in two steps: scaled and rounded to bf16, which halves the
-// registers; then, while the products of the next tile run, turned round through shared memory and stored by
-// the bulk engine, 32 tokens at a time. (A store of the warps' own would hold up their next product until L2
-// has answered.) The rounding points are those of epilogue.cuh.
+// registers; then turned round through shared memory and stored by the bulk engine, 32 tokens at a time,
+// which may be while the products of the next tile run. (A store of the warps' own would hold up their next
+// product until L2 has answered.) The rounding points are those of epilogue.cuh.
 #pragma once
 
-#include "host/gemm_schedule.h"
+#include "host/weight_layout.h"
 #include "kernels/linear/epilogue.cuh"
 #include "kernels/ptx/bulk_copy.cuh"
 #include "kernels/ptx/cp_async.cuh"
@@ -18,7 +18,6 @@
 namespace nf {
 namespace {
 
-constexpr int kClusterCtas = 2;
 constexpr int kGroupTokens = 8;   // of which a thread has two, 2q and 2q + 1 for q = lane % 4
 constexpr int kBoxTokens = 16;    // of a store
 constexpr int kPieceTokens = 32;  // that are staged at once
@@ -26,31 +25,9 @@ constexpr int kPieceGroups = kPieceTokens / kGroupTokens, kPieceBoxes = kPieceTo
 
 using Staging = uint8_t[kPieceTokens * kTileRows * 2];  // [tokens][rows] bf16 or e4m3, swizzled as boxes
 
-// kTokens_: of a full tile.
-template <class Element_, int kTokens_>
-struct GemmConfig {
-  using Element = Element_;
-  static constexpr int kTokens = kTokens_;
-  static constexpr int kHalfTokens = kTokens / 2;
-  static constexpr int kPieces = kTokens / kPieceTokens;
-  static constexpr int kLoadedTokens =
-      kHalfTokens / kClusterCtas;  // at once: what a CTA loads of half a tile
-  static constexpr int kLoadedBytes = kLoadedTokens * kTileRowBytes;
-  static constexpr int kStageBytes = kBlockTileBytes + kTokens * kTileRowBytes;
-  static constexpr int kStages = 204 * 1024 / kStageBytes;
-  static_assert(kTokens % kTileTokensStep == 0 && kHalfTokens % kBoxTokens == 0 && kLoadedTokens % 8 == 0);
-
-  // wgmma keeps only some 14 bits of a sum of e4m3 products. After kFoldTiles k tiles its upper part is moved
-  // to other registers (Strip::fold), which bounds the error for any K. An emulation of such sums gives these
-  // errors, as parts of the root of the sum of the squared products: after every 1, 4, 16, 32 tiles 1.2e-4,
-  // 3.4e-4, 8.5e-4, 1.3e-3 on average (root of squares), without any 2.1e-3 at K = 8192 and 4.3e-3 at K =
-  // 28672. Rounding to bf16: 1.1e-3.
-  static constexpr bool kFolds = sizeof(Element) == 1;
-  static constexpr int kFoldTiles = 32;
-};
-
+// Sums of a thread, in 64 rows x C::kTokens tokens of a warpgroup.
 template <class C>
-using GemmAccumulators = float[C::kTokens / 2];
+using Accumulators = float[C::kTokens / 2];
 
 // What a warpgroup's tile is scaled by. Copied while it multiplies: a load at the end would wait for L2.
 template <class C>
@@ -96,13 +73,15 @@ __device__ __forceinline__ float2 widen_bf16(uint32_t bits) {
   return {__uint_as_float(bits << 16), __uint_as_float(bits & 0xffff0000u)};
 }
 
-// A warpgroup's 64 rows of a tile: what is left to store of its last tile; and, once that is
-// stored, the upper parts of sums of the present one.
+// A warpgroup's 64 rows of a tile: what is left to store of its last tile; and, once that is stored, the
+// upper parts of sums of the present one. C has kTokens, kFolds, and kStagings, the buffers of a warpgroup.
 template <class C>
-struct Strip {
+struct TileOutput {
+  static constexpr int kPieces = C::kTokens / kPieceTokens;
+
   const PackedLinearParams& p;
   const CUtensorMap& out_map;
-  Staging (&staging)[2];
+  Staging (&staging)[C::kStagings];
   const Divisor& out_scale;
   const int barrier;       // for this warpgroup alone
   int row = 0, token = 0;  // the first
@@ -117,11 +96,11 @@ struct Strip {
     for (auto& words : r_words) words[0] = words[1] = 0;
   }
 
-  // r_acc + words stays the same; what of it bf16 can hold goes to the words.
+  // r_acc + words is rounded to FP32; what of it bf16 can hold goes to the words.
   template <int kHalves>
-  __device__ __forceinline__ void fold(GemmAccumulators<C>& r_acc) {
+  __device__ __forceinline__ void fold(Accumulators<C>& r_acc) {
 #pragma unroll
-    for (int i = 0; i < kHalves * C::kHalfTokens / kGroupTokens * 2; ++i) {
+    for (int i = 0; i < kHalves * C::kTokens / kGroupTokens; ++i) {
       uint32_t& word = r_words[i / 2][i % 2];
       float* r = &r_acc[i * 2];
       const float2 upper = widen_bf16(word), sum{upper.x + r[0], upper.y + r[1]};
@@ -134,7 +113,7 @@ struct Strip {
   // Scales the sums of a finished tile. Floats are stored at once, others are rounded and left for
   // store_piece.
   template <int kHalves>
-  __device__ __forceinline__ void take(const GemmAccumulators<C>& r_acc, const TileScales<C>& scales,
+  __device__ __forceinline__ void take(const Accumulators<C>& r_acc, const TileScales<C>& scales,
                                        int first_row, int first_token, int thread) {
     row = first_row, token = first_token;
     if (p.out_type == OutType::kFloat) {
@@ -152,7 +131,8 @@ struct Strip {
         r_words[i][0] = bits_of(__float22bfloat162_rn(low));
         r_words[i][1] = bits_of(__float22bfloat162_rn(high));
       });
-      num_boxes = row < p.num_rows ? kHalves * C::kHalfTokens / kBoxTokens : 0;
+      const int boxes_left = (p.num_tokens - token + kBoxTokens - 1) / kBoxTokens;
+      num_boxes = row < p.num_rows ? min(kHalves * C::kTokens / (2 * kBoxTokens), boxes_left) : 0;
     }
   }
 
@@ -160,7 +140,10 @@ struct Strip {
   __device__ __forceinline__ void store_piece(int piece, int thread) {
     if (piece * kPieceBoxes >= num_boxes) return;
     Staging& to = staging[buffer];
-    buffer ^= 1;
+    if constexpr (C::kStagings == 1)
+      await_buffer(thread);
+    else
+      buffer ^= 1;
     const int warp = thread / kWarpSize, lane = thread % kWarpSize;
     const bool swiglu = p.epilogue == Epilogue::kSwiglu, fp8 = p.out_type == OutType::kFp8;
     if (!swiglu)
@@ -170,8 +153,7 @@ struct Strip {
     else
       stage_swiglu(to, piece, warp, lane);
     ptx::fence_proxy_async();
-    if (thread == 0) ptx::wait_until_stores_have_read();  // the other buffer, for the next piece
-    ptx::barrier_sync(barrier, kWarpgroupThreads);
+    await_buffer(thread);  // the other one, for the next piece; and all of this one is written
     if (thread == 0) {
       const int column = swiglu ? row / 2 : row, box_bytes = kBoxTokens * kTileRows * 2 >> swiglu >> fp8;
       for (int box = piece * kPieceBoxes, i = 0; i < kPieceBoxes && box < num_boxes; ++i, ++box) {
@@ -187,19 +169,24 @@ struct Strip {
 
   __device__ __forceinline__ void store(int thread) {
 #pragma unroll
-    for (int piece = 0; piece < C::kPieces; ++piece) store_piece(piece, thread);
+    for (int piece = 0; piece < kPieces; ++piece) store_piece(piece, thread);
   }
 
  private:
+  __device__ __forceinline__ void await_buffer(int thread) const {
+    if (thread == 0) ptx::wait_until_stores_have_read();
+    ptx::barrier_sync(barrier, kWarpgroupThreads);
+  }
+
   // f(i-th group of tokens, values of the thread's two in its row g, and in its row g + 8)
   template <int kHalves, class F>
-  __device__ __forceinline__ void for_scaled(const GemmAccumulators<C>& r_acc, const TileScales<C>& scales,
+  __device__ __forceinline__ void for_scaled(const Accumulators<C>& r_acc, const TileScales<C>& scales,
                                              int thread, F&& f) const {
     const int lane = thread % kWarpSize;
     const float* row_scales = &scales.row[thread / kWarpSize * kStripRows + lane / 4];
     const float low_scale = row_scales[0], high_scale = row_scales[8];
 #pragma unroll
-    for (int i = 0; i < kHalves * C::kHalfTokens / kGroupTokens; ++i) {
+    for (int i = 0; i < kHalves * C::kTokens / (2 * kGroupTokens); ++i) {
       const float* r = &r_acc[i * 4];
       float2 low{r[0], r[1]}, high{r[2], r[3]};
       if constexpr (C::kFolds) {
@@ -250,7 +237,7 @@ struct Strip {
 };
 
 // Where a launch stores what it does not store as floats.
-inline CUtensorMap gemm_out_map(const PackedLinearParams& p) {
+inline CUtensorMap out_map(const PackedLinearParams& p) {
   if (p.out_type == OutType::kFloat) return {};
   const int element_bytes = p.out_type == OutType::kFp8 ? 1 : 2;
   const int halved = p.epilogue == Epilogue::kSwiglu ? 2 : 1;
