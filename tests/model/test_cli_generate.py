@@ -238,10 +238,12 @@ def test_first_interrupt_is_noted_and_the_second_raises() -> None:
 def test_bench_latency(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     config = tmp_path / "config.json"
     config.write_text((demo_folder() / "config.json").read_text())
-    sizes = ("--batch", "1,3", "--input-len", "5", "--output-len", "4", "--repeats", "2")
+    sizes = ("--batch", "1,3", "--input-len", "5", "--output-len", "4", "--repeats", "2", "--max-batched-tokens", "6")
     argv = ["bench", "latency", "--model", str(config), "--random-weights", "--quantize", "fp8", *sizes]
     assert main([*argv, "--device", "cpu", "--json"]) == 0
-    rows = json.loads(capsys.readouterr().out)["results"]
+    report = json.loads(capsys.readouterr().out)
+    rows = report["results"]
+    assert report["max_batched_tokens"] == 6
     assert [(r["metric"], r["batch_size"]) for r in rows] == [("time_to_first_token", 1), ("step", 1), ("step", 3)]
     assert all(0 < r["min_ms"] <= r["median_ms"] <= r["max_ms"] for r in rows)
     assert main([*argv, "--device", "cpu", "--input-len", "5000"]) == 2

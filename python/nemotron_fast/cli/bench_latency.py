@@ -4,6 +4,7 @@
 Definitions: time to first token is that of one prompt and one generated token. The step time of a batch is
 (time of n + 1 tokens - time of 1) / n, so that the prompts' own time drops out; avg_latency, latencies and percentiles
 are of the runs of n + 1 tokens, in seconds. Prompts are random token ids and nothing is taken from the prefix cache.
+A batch whose prompts need several steps of --max-batched-tokens does not start together, which its step time includes.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--input-len", metavar="N", type=_integers, default=[128], help="prompt lengths (default 128)")
     parser.add_argument("--output-len", metavar="N", type=int, default=32, help="steps that are timed (default 32)")
     parser.add_argument("--repeats", metavar="N", type=int, default=3, help="medians are of this many (default 3)")
+    parser.add_argument("--max-batched-tokens", metavar="N", type=int, help="tokens of one step")
 
 
 def measure(args: argparse.Namespace) -> tuple[torch.device, dict[str, Any]]:
@@ -45,12 +47,13 @@ def measure(args: argparse.Namespace) -> tuple[torch.device, dict[str, Any]]:
     elif args.max_num_seqs < max(args.batch):
         raise RequestError(f"--max-num-seqs is {args.max_num_seqs}, want at least the largest batch, {max(args.batch)}")
     start = time.perf_counter()
-    with load_llm(args, prefix_caching=False) as llm:
+    with load_llm(args, prefix_caching=False, max_batched_tokens=args.max_batched_tokens) as llm:
         load_s = time.perf_counter() - start
         rows = [_first_token(llm, length, args.repeats) for length in args.input_len]
         first_s = time.perf_counter() - start
         rows += [_step(llm, b, length, args) for b in args.batch for length in args.input_len]
-        return llm.device, {"load_s": load_s, "start_to_first_results_s": first_s, "results": rows}
+        times = {"load_s": load_s, "start_to_first_results_s": first_s}
+        return llm.device, {"max_batched_tokens": llm.engine.options.max_batched_tokens, **times, "results": rows}
 
 
 def show(results: dict[str, Any]) -> None:
