@@ -9,6 +9,7 @@
 #include <cstdlib>
 #include <vector>
 
+#include "graph_timer.h"
 #include "kernels/attention/attention.h"
 #include "kernels/common/check.h"
 #include "kernels/linear/linear.h"
@@ -136,31 +137,7 @@ struct Bench {
 
   template <class F>
   double time_us(F&& enqueue_all) const {
-    NF_CUDA(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal));
-    enqueue_all();
-    cudaGraph_t graph;
-    NF_CUDA(cudaStreamEndCapture(stream, &graph));
-    cudaGraphExec_t exec;
-    NF_CUDA(cudaGraphInstantiate(&exec, graph, 0));
-    cudaEvent_t begin, end;
-    NF_CUDA(cudaEventCreate(&begin));
-    NF_CUDA(cudaEventCreate(&end));
-    std::vector<double> times;
-    for (int i = -2; i < 9; ++i) {
-      NF_CUDA(cudaEventRecord(begin, stream));
-      NF_CUDA(cudaGraphLaunch(exec, stream));
-      NF_CUDA(cudaEventRecord(end, stream));
-      NF_CUDA(cudaEventSynchronize(end));
-      float ms;
-      NF_CUDA(cudaEventElapsedTime(&ms, begin, end));
-      if (i >= 0) times.push_back(ms * 1e3);
-    }
-    NF_CUDA(cudaEventDestroy(begin));
-    NF_CUDA(cudaEventDestroy(end));
-    NF_CUDA(cudaGraphExecDestroy(exec));
-    NF_CUDA(cudaGraphDestroy(graph));
-    std::sort(times.begin(), times.end());
-    return times[times.size() / 2];
+    return replay_us(stream, enqueue_all, 9);
   }
 
   void run(const Case& c) const {

@@ -7,6 +7,7 @@
 #include <cstdlib>
 #include <vector>
 
+#include "graph_timer.h"
 #include "kernels/common/check.h"
 #include "kernels/norm/rms_norm.h"
 
@@ -19,33 +20,12 @@ template <class F>
 double time_us(int num_launches, F&& enqueue) {
   cudaStream_t stream;
   NF_CUDA(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
-  NF_CUDA(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal));
-  for (int i = 0; i < num_launches; ++i) enqueue(i, stream);
-  cudaGraph_t graph;
-  NF_CUDA(cudaStreamEndCapture(stream, &graph));
-  cudaGraphExec_t exec;
-  NF_CUDA(cudaGraphInstantiate(&exec, graph, 0));
-
-  cudaEvent_t begin, end;
-  NF_CUDA(cudaEventCreate(&begin));
-  NF_CUDA(cudaEventCreate(&end));
-  std::vector<double> times;
-  for (int repeat = -2; repeat < 9; ++repeat) {  // two replays to warm up
-    NF_CUDA(cudaEventRecord(begin, stream));
-    NF_CUDA(cudaGraphLaunch(exec, stream));
-    NF_CUDA(cudaEventRecord(end, stream));
-    NF_CUDA(cudaEventSynchronize(end));
-    float ms;
-    NF_CUDA(cudaEventElapsedTime(&ms, begin, end));
-    if (repeat >= 0) times.push_back(ms * 1e3 / num_launches);
-  }
-  NF_CUDA(cudaEventDestroy(begin));
-  NF_CUDA(cudaEventDestroy(end));
-  NF_CUDA(cudaGraphExecDestroy(exec));
-  NF_CUDA(cudaGraphDestroy(graph));
+  const auto enqueue_all = [&] {
+    for (int i = 0; i < num_launches; ++i) enqueue(i, stream);
+  };
+  const double us = replay_us(stream, enqueue_all, 9) / num_launches;
   NF_CUDA(cudaStreamDestroy(stream));
-  std::sort(times.begin(), times.end());
-  return times[times.size() / 2];
+  return us;
 }
 
 void bench(int dim, int64_t num_tokens, bool add, int l2_bytes) {
