@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
 # Everything that needs a GPU: build, GPU tests, compute-sanitizer, C++ and Python benchmarks.
-#   bench/gpu_check.sh [build] [test] [sanitize] [bench]     default: all, in this order
+#   bench/gpu_check.sh [build] [test] [sanitize] [bench] [model]     default: the first four, in this order
+# model: those benches that are of the whole Super-49B, which bench includes
 # Runs in the repository root of a machine with nvcc and CUDA torch, needs no network. Reports go to $OUT (default: out).
 # One failing or hanging step does not hide the next; the exit status is the number of failed steps.
 set -uo pipefail
@@ -42,23 +43,53 @@ run_tests() {
   step 200 test_linear build/cmake/test_linear
 }
 
-sanitize() {
+sanitize() {  # all at once: a sanitizer leaves most of the GPU idle
+  local names=() pids=() program name
   for tool in memcheck racecheck synccheck initcheck; do
-    local check=(compute-sanitizer --tool "$tool" --error-exitcode 1)
-    step 120 "sanitizer_norm_$tool" "${check[@]}" build/cmake/test_rms_norm
-    step 120 "sanitizer_linear_$tool" "${check[@]}" build/cmake/test_linear tiny
-    step 120 "sanitizer_prefill_$tool" "${check[@]}" build/cmake/test_prefill_attention tiny
-    step 120 "sanitizer_attention_$tool" "${check[@]}" build/cmake/test_attention tiny
+    for program in test_rms_norm "test_linear tiny" "test_prefill_attention tiny" "test_attention tiny"; do
+      name="sanitizer_${tool}_${program%% *}"
+      # shellcheck disable=SC2086
+      timeout 300 compute-sanitizer --tool "$tool" --error-exitcode 1 build/cmake/$program >"$OUT/$name.log" 2>&1 &
+      names+=("$name") pids+=($!)
+    done
   done
+  for i in "${!pids[@]}"; do
+    if wait "${pids[i]}"; then
+      echo "== ${names[i]}: ok"
+    else
+      failed+=("${names[i]}")
+      echo "== ${names[i]}: FAILED, see $OUT/${names[i]}.log"
+    fi
+  done
+}
+
+model_benches() {  # the README's figures of Super-49B
+  local model=(--device cuda --model tests/configs/super-49b-v1.json --random-weights --quantize fp8-static)
+  local decode=("$PYTHON" bench/bench_decode_step.py --quantize fp8-static)
+  local bench=("$PYTHON" -m nemotron_fast bench)
+  local throughput=("${bench[@]}" throughput "${model[@]}" --kv-dtype fp8 --max-num-seqs 256 --max-model-len 2304)
+  step 90 decode_128 "${decode[@]}" --batch 1,8,32,64 --context 128 --out "$OUT/decode_step.json"
+  step 90 decode_1024 "${decode[@]}" --batch 64,128 --context 1024 --out "$OUT/decode_step_1024.json"
+  step 90 decode_640 "${decode[@]}" --batch 195,256 --context 640 --out "$OUT/decode_step_640.json"
+  step 90 beside "${decode[@]}" --batch 16 --context 128 --beside 32768 --out "$OUT/decode_beside_prompt.json"
+  step 90 latency "${bench[@]}" latency "${model[@]}" --max-model-len 4096 --batch 1,8,32,64 --out "$OUT/latency.json"
+  step 90 ttft "${bench[@]}" latency "${model[@]}" --max-model-len 9216 --batch 1 --input-len 512,2048,8192 \
+    --output-len 4 --out "$OUT/ttft.json"
+  step 120 long_outputs "${throughput[@]}" --num-prompts 320 --input-len 128 --output-len 1024 \
+    --out "$OUT/throughput.json"
+  step 120 long_prompts "${throughput[@]}" --num-prompts 160 --input-len 2048 --output-len 128 \
+    --out "$OUT/throughput_long_prompts.json"
 }
 
 run_benches() {
   step 120 bench_cpp build/cmake/bench_rms_norm
   step 120 bench_cpp_linear build/cmake/bench_packed_linear
+  step 120 bench_cpp_attention build/cmake/bench_attention
   for bench in bench/bench_*.py; do
     family=$(basename "$bench" .py)
-    step 300 "$family" "$PYTHON" "$bench" --out "$OUT/${family#bench_}.json"
+    [ "$family" = bench_decode_step ] || step 300 "$family" "$PYTHON" "$bench" --out "$OUT/${family#bench_}.json"
   done
+  model_benches
 }
 
 phases=${*:-build test sanitize bench}
@@ -68,7 +99,8 @@ for phase in $phases; do
     test) run_tests ;;
     sanitize) sanitize ;;
     bench) run_benches ;;
-    *) echo "$phase: want build, test, sanitize or bench" >&2; exit 2 ;;
+    model) model_benches ;;
+    *) echo "$phase: want build, test, sanitize, bench or model" >&2; exit 2 ;;
   esac
 done
 
