@@ -176,7 +176,7 @@ def attention(
     """Causal attention over paged KV, variable lengths, grouped heads.
 
     Sequence s owns the queries q_start[s]..q_start[s+1]-1; they are the last of its kv_len[s] tokens. Rows behind the
-    last query are padding, and zero in the result.
+    last query, which decode_attention may have, are zero in the result.
     """
     out_THD = torch.zeros_like(q_THD, memory_format=torch.contiguous_format)
     page_size = k_cache_PKBD.shape[2]

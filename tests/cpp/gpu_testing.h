@@ -2,7 +2,10 @@
 // What tests of kernels share: memory on the GPU and random values.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
+#include <stdexcept>
+#include <string>
 #include <vector>
 
 #include "kernels/common/check.h"
@@ -13,7 +16,9 @@ namespace testing {
 template <class T>
 class DeviceArray {
  public:
-  explicit DeviceArray(size_t size) : size_(size) { NF_CUDA(cudaMalloc(&data_, size * sizeof(T))); }
+  explicit DeviceArray(size_t size) : size_(size) {
+    NF_CUDA(cudaMalloc(&data_, std::max<size_t>(size, 1) * sizeof(T)));  // an address even if it is empty
+  }
   explicit DeviceArray(const std::vector<T>& host) : DeviceArray(host.size()) {
     NF_CUDA(cudaMemcpy(data_, host.data(), size_ * sizeof(T), cudaMemcpyHostToDevice));
   }
@@ -22,6 +27,9 @@ class DeviceArray {
   DeviceArray& operator=(const DeviceArray&) = delete;
   T* get() const { return data_; }
   void fill(int byte) const { NF_CUDA(cudaMemset(data_, byte, size_ * sizeof(T))); }
+  void copy_from(const DeviceArray& other) const {
+    NF_CUDA(cudaMemcpy(data_, other.data_, size_ * sizeof(T), cudaMemcpyDeviceToDevice));
+  }
   std::vector<T> read() const {
     std::vector<T> host(size_);
     NF_CUDA(cudaMemcpy(host.data(), data_, size_ * sizeof(T), cudaMemcpyDeviceToHost));

@@ -9,13 +9,13 @@
 #include <memory>
 #include <vector>
 
+#include "gpu_testing.h"
 #include "kernels/attention/attention.h"
-#include "kernels/common/check.h"
 #include "kernels/rope/rope_append.h"
-#include "testing.h"
 
 namespace {
 
+using testing::DeviceArray;
 using Bf16 = __nv_bfloat16;
 constexpr int kPage = 64;
 
@@ -41,34 +41,6 @@ __global__ void fill(T* values, int64_t size, uint32_t seed, float scale) {
        i += int64_t(gridDim.x) * blockDim.x)
     values[i] = T(hash_uniform(i, seed) * scale);
 }
-
-template <class T>
-class DeviceArray {
- public:
-  explicit DeviceArray(size_t size) : size_(std::max<size_t>(size, 1)) {
-    NF_CUDA(cudaMalloc(&data_, size_ * sizeof(T)));
-  }
-  explicit DeviceArray(const std::vector<T>& host) : DeviceArray(host.size()) {
-    NF_CUDA(cudaMemcpy(data_, host.data(), host.size() * sizeof(T), cudaMemcpyHostToDevice));
-  }
-  ~DeviceArray() { cudaFree(data_); }
-  DeviceArray(const DeviceArray&) = delete;
-  DeviceArray& operator=(const DeviceArray&) = delete;
-  T* get() const { return data_; }
-  void fill_bytes(int byte) const { NF_CUDA(cudaMemset(data_, byte, size_ * sizeof(T))); }
-  void copy_from(const DeviceArray& other) const {
-    NF_CUDA(cudaMemcpy(data_, other.data_, size_ * sizeof(T), cudaMemcpyDeviceToDevice));
-  }
-  std::vector<T> read() const {
-    std::vector<T> host(size_);
-    NF_CUDA(cudaMemcpy(host.data(), data_, size_ * sizeof(T), cudaMemcpyDeviceToHost));
-    return host;
-  }
-
- private:
-  T* data_ = nullptr;
-  size_t size_;
-};
 
 // One warp per (token, head): softmax and sum in double, from the rotated q and the caches.
 template <class Stored>
@@ -168,7 +140,7 @@ struct Problem {
 
   std::unique_ptr<DeviceArray<uint8_t>> make_cache(size_t elements, uint32_t seed) const {
     auto cache = std::make_unique<DeviceArray<uint8_t>>(elements * element_bytes());
-    cache->fill_bytes(0xff);
+    cache->fill(0xff);
     std::vector<uint8_t> host = cache->read();
     for (int s = 0; s < S; ++s) {
       const auto [n, length] = c.sequences[s];
@@ -252,7 +224,7 @@ void run(const Case& c) {
   const size_t out_bytes = size_t(problem.T) * problem.H * problem.D * 2,
                rows = size_t(problem.T) * (problem.H + 2 * problem.K) * problem.D;
   DeviceArray<uint8_t> workspace(nf::attention_workspace_bytes()), out(out_bytes), fused_out(out_bytes);
-  workspace.fill_bytes(0xff), out.fill_bytes(0xff), fused_out.fill_bytes(0xff);
+  workspace.fill(0xff), out.fill(0xff), fused_out.fill(0xff);
   const size_t cache_bytes = problem.k_cache->read().size();
   DeviceArray<uint8_t> k(cache_bytes), v(cache_bytes), fused_k(cache_bytes), fused_v(cache_bytes);
   DeviceArray<Bf16> rotated(rows);
@@ -304,7 +276,7 @@ void run(const Case& c) {
   expect_same(fused_v.read(), v.read(), "the values' cache");
 
   for (int s = 0; s < problem.S; s += std::max(1, problem.S / 3)) {  // alone: the same bits
-    out.fill_bytes(0xff);
+    out.fill(0xff);
     const size_t begin = size_t(problem.q_start[s]) * problem.H * problem.D * 2,
                  end = size_t(problem.q_start[s + 1]) * problem.H * problem.D * 2;
     auto p = problem.params(out.get(),

@@ -6,12 +6,12 @@
 #include <random>
 #include <vector>
 
-#include "kernels/common/check.h"
+#include "gpu_testing.h"
 #include "kernels/norm/rms_norm.h"
-#include "testing.h"
 
 namespace {
 
+using testing::DeviceArray;
 constexpr float kEps = 1e-5f;
 
 struct Case {
@@ -41,31 +41,6 @@ std::vector<T> random_values(size_t n, int seed) {
   for (T& v : values) v = from_float<T>(normal(generator));
   return values;
 }
-
-// Device memory for as long as the object lives.
-template <class T>
-class DeviceArray {
- public:
-  explicit DeviceArray(const std::vector<T>& host) : size_(host.size()) {
-    NF_CUDA(cudaMalloc(&data_, bytes() + 16));
-    NF_CUDA(cudaMemcpy(data_, host.data(), bytes(), cudaMemcpyHostToDevice));
-  }
-  ~DeviceArray() { cudaFree(data_); }
-  DeviceArray(const DeviceArray&) = delete;
-  DeviceArray& operator=(const DeviceArray&) = delete;
-
-  T* get() const { return data_; }
-  std::vector<T> read() const {
-    std::vector<T> host(size_);
-    NF_CUDA(cudaMemcpy(host.data(), data_, bytes(), cudaMemcpyDeviceToHost));
-    return host;
-  }
-
- private:
-  size_t bytes() const { return size_ * sizeof(T); }
-  T* data_ = nullptr;
-  size_t size_;
-};
 
 template <class T>
 struct Result {
