@@ -215,6 +215,7 @@ def main() -> None:
     parser.add_argument("--batch", default="1,8,32,64", help="batch sizes (default %(default)s)")
     parser.add_argument("--context", default="1024", help="tokens in the cache per sequence (default %(default)s)")
     parser.add_argument("--quantize", default="fp8", help="fp8 or fp8-static (default %(default)s)")
+    parser.add_argument("--random-weights", default="normal", help="normal, or dummy as vLLM's (default %(default)s)")
     parser.add_argument("--kv-dtype", default="fp8", help="type of the KV cache (default %(default)s)")
     parser.add_argument("--steps", type=int, default=24, help="engine steps to time (default %(default)s)")
     parser.add_argument("--beside", type=int, default=0, metavar="N", help="tokens of a prompt computed beside")
@@ -231,7 +232,7 @@ def main() -> None:
     llm = LLM(
         str(model),
         device=args.device,
-        random_weights=True,
+        random_weights=args.random_weights,
         quantize=args.quantize,
         kv_dtype=args.kv_dtype,
         max_model_len=max(max(contexts) + num_steps(args), args.beside) + 1,
@@ -250,6 +251,7 @@ def main() -> None:
         record = timing.provenance(llm.device) | {
             "model": Path(model).name,
             "quantize": args.quantize,
+            "random_weights": args.random_weights,
             "kv_dtype": args.kv_dtype,
             "ceilings": ceilings,
             "results": results,

@@ -46,7 +46,8 @@ class LLM:
         generation_config: "auto" uses the checkpoint's sampling defaults and says so once on stderr; "none" does not.
         cuda_graphs: replay decode steps as CUDA graphs, on a GPU.
         random_weights: random numbers in place of the checkpoint's weights; `model` may be a bare config.json, whose
-            quantization_config counts.
+            quantization_config counts. True or "normal": as a checkpoint's; "dummy": as vLLM's `--load-format dummy`
+            makes them, nearly all zero in FP8, for comparisons with its figures.
 
     Raises:
         ConfigError, CheckpointError, CapacityError, DeviceError, RequestError: see nemotron_fast.errors.
@@ -68,7 +69,7 @@ class LLM:
         seed: int = 0,
         tensor_parallel_size: int = 1,
         generation_config: str = "auto",
-        random_weights: bool = False,
+        random_weights: bool | str = False,
         cuda_graphs: bool = True,
     ) -> None:
         _check_arguments(

@@ -55,6 +55,19 @@ def test_modelopt_layout_by_option_or_by_config(bare_config, tmp_path):
                 assert a.weight_scale == b.weight_scale and a.input_scale == b.input_scale
 
 
+def test_dummy_values_are_those_of_vllm():
+    with LLM("demo", device="cpu", random_weights="dummy", quantize="fp8-static") as llm:
+        for linear in linears_of(llm):
+            zeros = (linear.weight.float() == 0).float().mean()
+            assert 0.96 < zeros < 0.99  # |w| < 2**-10 rounds to 0: 97.7 %
+            assert set(linear.weight.float().unique().tolist()) == {-(2**-9), 0.0, 2**-9}
+        lm_head = llm.engine.model.weights.lm_head.weight.float()
+        assert 0.9e-3 < lm_head.abs().max() <= 1e-3 and lm_head.std() == pytest.approx(1e-3 / 3**0.5, rel=0.05)
+        assert len(llm.generate(PROMPT, PARAMS)[0].outputs[0].token_ids) == PARAMS.max_tokens
+    with pytest.raises(RequestError, match="random weights 'zero', want 'normal' or 'dummy'"):
+        LLM("demo", device="cpu", random_weights="zero")
+
+
 def test_other_layouts_and_unknown_ones(bare_config):
     per_row = QUANTIZATION | {"quant_algo": "FP8_PER_CHANNEL_PER_TOKEN"}
     with load(bare_config(quantization_config=per_row)) as llm:

@@ -40,7 +40,13 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--max-num-seqs", metavar="N", type=int, help="sequences at once; the KV cache is for so many")
     group.add_argument("--seed", metavar="N", type=int, default=0, help="base of all random seeds (default 0)")
     group.add_argument(
-        "--random-weights", action="store_true", help="random numbers as weights; --model may be a bare config.json"
+        "--random-weights",
+        nargs="?",
+        choices=("normal", "dummy"),
+        const="normal",
+        default=False,
+        help="random numbers as weights (dummy: as vLLM's --load-format dummy makes them, nearly all zero in FP8); "
+        "--model may be a bare config.json",
     )
     group.add_argument(
         "--generation-config",
