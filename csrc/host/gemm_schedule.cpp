@@ -5,24 +5,23 @@
 #include <string>
 
 #include "host/check.h"
-#include "host/weight_layout.h"
 
 namespace nf {
 
-GemmSchedule make_gemm_schedule(int64_t num_rows, int num_tokens, int num_clusters, int tile_tokens) {
-  NF_CHECK(num_clusters > 0, std::to_string(num_clusters));
+GemmSchedule make_gemm_schedule(int num_blocks, int num_tokens, int num_ctas, int tile_tokens) {
+  NF_CHECK(num_blocks > 0, std::to_string(num_blocks));
+  NF_CHECK(num_ctas > 0, std::to_string(num_ctas));
   NF_CHECK(num_tokens > 0, std::to_string(num_tokens));
   NF_CHECK(tile_tokens > 0 && tile_tokens % 2 == 0, std::to_string(tile_tokens));
-  const int64_t num_pairs = (num_rows + 2 * kBlockRows - 1) / (2 * kBlockRows);
   const int rest = num_tokens % tile_tokens;
   const bool has_half_column = rest > 0 && rest <= tile_tokens / 2;
   const int64_t num_columns = num_tokens / tile_tokens + (rest > tile_tokens / 2);
-  NF_CHECK(2 * num_pairs * (num_columns + 1) <= INT_MAX, "T=" + std::to_string(num_tokens));
+  NF_CHECK(2 * num_blocks * (num_columns + 1) <= INT_MAX, "T=" + std::to_string(num_tokens));
 
-  const int num_full = int(num_pairs * num_columns), num_half = has_half_column ? int(num_pairs) : 0;
-  const int num_last = num_full % num_clusters;
-  GemmSchedule whole{.num_clusters = num_clusters,
-                     .num_pairs = int(num_pairs),
+  const int num_full = int(num_blocks * num_columns), num_half = has_half_column ? num_blocks : 0;
+  const int num_last = num_full % num_ctas;
+  GemmSchedule whole{.num_ctas = num_ctas,
+                     .num_blocks = num_blocks,
                      .num_columns = int(num_columns),
                      .num_full = num_full,
                      .num_tiles = num_full + num_half,

@@ -1,14 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
-// Which cluster of CTAs multiplies what when there are many tokens.
+// Which CTA multiplies what when there are many tokens.
 //
-// A cluster is two CTAs that stay for the whole launch. It works on one tile at a time: a pair of blocks of
-// the packed weight (256 rows, one block for each CTA) times 96 to 256 tokens, or half as many, with all of
-// K. So a result's bits do not depend on the number of tokens, nor on the GPU.
+// A CTA stays for the whole launch. It works on one tile at a time: a block of the packed weight (128 rows)
+// times 96 to 256 tokens, or half as many, with all of K. So a result's bits do not depend on the number of
+// tokens, nor on the GPU.
 //
-// Tiles are dealt out in order, i to cluster i % num_clusters. Full tiles come first, in groups of 8 columns
-// of tokens; in a group pair by pair, and for a pair column by column: the clusters that run at the same time
+// Tiles are dealt out in order, i to CTA i % num_ctas. Full tiles come first, in groups of 8 columns of
+// tokens; in a group block by block, and for a block column by column: the CTAs that run at the same time
 // read few different weights and few different activations, and L2 serves the rest. Where the last round of
-// full tiles would leave more than half of the clusters idle, its tiles are cut into halves.
+// full tiles would leave more than half of the CTAs idle, its tiles are cut into halves.
 #pragma once
 
 #include <cstdint>
@@ -32,40 +32,40 @@ constexpr int gemm_tile_tokens(int num_tokens) {
 }
 
 struct GemmTile {
-  int pair;        // blocks 2 pair and 2 pair + 1
+  int block;       // of the weight
   int token;       // the first
   int num_halves;  // of tile_tokens / 2
 };
 
 struct GemmSchedule {
-  int num_clusters;
-  int num_pairs;
+  int num_ctas;
+  int num_blocks;
   int num_columns;  // of tile_tokens
-  int num_full;     // tiles of tile_tokens; the other num_pairs * num_columns - num_full are cut
+  int num_full;     // tiles of tile_tokens; the other num_blocks * num_columns - num_full are cut
   int num_tiles;    // all of them
   int tile_tokens;
 
   constexpr GemmTile tile(int i) const {
     constexpr int kGroup = 8;
-    const int cut = i - num_full, num_cut = num_pairs * num_columns - num_full;
+    const int cut = i - num_full, num_cut = num_blocks * num_columns - num_full;
     if (cut >= 2 * num_cut)
       return {cut - 2 * num_cut, num_columns * tile_tokens, 1};  // behind the last column
     const int full = cut < 0 ? i : num_full + cut / 2;
-    const int group = full / (kGroup * num_pairs), in_group = full % (kGroup * num_pairs);
+    const int group = full / (kGroup * num_blocks), in_group = full % (kGroup * num_blocks);
     const int left = num_columns - group * kGroup, width = left < kGroup ? left : kGroup;
     const int token = (group * kGroup + in_group % width) * tile_tokens;
     if (cut < 0) return {in_group / width, token, 2};
     return {in_group / width, token + cut % 2 * (tile_tokens / 2), 1};
   }
 
-  // Until the last cluster ends, in halves of a tile.
+  // Until the last CTA ends, in halves of a tile.
   constexpr int rounds() const {
-    const auto share = [&](int tiles) { return (tiles + num_clusters - 1) / num_clusters; };
+    const auto share = [&](int tiles) { return (tiles + num_ctas - 1) / num_ctas; };
     return share(num_full) + share(num_tiles);
   }
 };
 
-// `num_clusters`: how many run at once.
-GemmSchedule make_gemm_schedule(int64_t num_rows, int num_tokens, int num_clusters, int tile_tokens);
+// `num_ctas`: how many run at once.
+GemmSchedule make_gemm_schedule(int num_blocks, int num_tokens, int num_ctas, int tile_tokens);
 
 }  // namespace nf

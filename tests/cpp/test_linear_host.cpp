@@ -177,32 +177,31 @@ void test_workspace_and_tokens() {
   EXPECT_EQ(nf::linear_workspace_bytes(132), 132LL * 128 * 64 * 4);
 }
 
-// Each half tile is computed by one cluster, and the clusters end at about the same time.
-void check_gemm_tiles(int clusters, int tokens, int rows, int tile_tokens) {
-  const nf::GemmSchedule s = nf::make_gemm_schedule(rows, tokens, clusters, tile_tokens);
-  const int half = tile_tokens / 2, pairs = (rows + 255) / 256, halves = (tokens + half - 1) / half;
-  std::vector<int> hits(pairs * halves + pairs), cost(clusters);
+// Each half tile is computed by one CTA, and the CTAs end at about the same time.
+void check_gemm_tiles(int ctas, int tokens, int blocks, int tile_tokens) {
+  const nf::GemmSchedule s = nf::make_gemm_schedule(blocks, tokens, ctas, tile_tokens);
+  const int half = tile_tokens / 2, halves = (tokens + half - 1) / half;
+  std::vector<int> hits(blocks * halves + blocks), cost(ctas);
   for (int i = 0; i < s.num_tiles; ++i) {
     const nf::GemmTile tile = s.tile(i);
-    EXPECT_EQ(tile.pair >= 0 && tile.pair < pairs, true);
+    EXPECT_EQ(tile.block >= 0 && tile.block < blocks, true);
     EXPECT_EQ(tile.token % half == 0 && tile.token >= 0 && tile.token < tokens, true);
-    cost[i % clusters] += tile.num_halves;
-    for (int h = 0; h < tile.num_halves; ++h) ++hits.at(tile.pair * halves + tile.token / half + h);
+    cost[i % ctas] += tile.num_halves;
+    for (int h = 0; h < tile.num_halves; ++h) ++hits.at(tile.block * halves + tile.token / half + h);
   }
-  EXPECT_EQ(std::count(hits.begin(), hits.end(), 1), std::ptrdiff_t(pairs) * halves);
+  EXPECT_EQ(std::count(hits.begin(), hits.end(), 1), std::ptrdiff_t(blocks) * halves);
   EXPECT_EQ(*std::max_element(cost.begin(), cost.end()), s.rounds());
 }
 
 void test_gemm_tiles() {
-  for (int clusters : {1, 54, 66})
+  for (int ctas : {1, 108, 132})
     for (int tokens : {1, 128, 129, 256, 257, 300, 384, 385, 2048, 2100, 8192, 8200})
-      for (int rows : {16, 576, 5632, 8192, 11264, 57344})
-        for (int tile_tokens : {96, 160, 256}) check_gemm_tiles(clusters, tokens, rows, tile_tokens);
-  EXPECT_EQ(nf::make_gemm_schedule(8192, 2048, 66, 256).rounds(), 8);
-  EXPECT_EQ(nf::make_gemm_schedule(11264, 2048, 66, 256).rounds(),
-            11);  // 5 rounds of full tiles, 1 of halves
-  EXPECT_EQ(nf::make_gemm_schedule(8192, 256, 66, 256).rounds(), 1);
-  EXPECT_EQ(nf::make_gemm_schedule(57344, 256, 66, 256).rounds(), 7);
+      for (int blocks : {1, 5, 44, 64, 88, 448})
+        for (int tile_tokens : {96, 160, 256}) check_gemm_tiles(ctas, tokens, blocks, tile_tokens);
+  EXPECT_EQ(nf::make_gemm_schedule(64, 2048, 132, 256).rounds(), 8);
+  EXPECT_EQ(nf::make_gemm_schedule(88, 2048, 132, 256).rounds(), 11);  // 5 rounds of full tiles, 1 of halves
+  EXPECT_EQ(nf::make_gemm_schedule(64, 256, 132, 256).rounds(), 1);
+  EXPECT_EQ(nf::make_gemm_schedule(448, 256, 132, 256).rounds(), 7);
   for (int tokens = 1; tokens <= 256; ++tokens)
     EXPECT_EQ(nf::gemm_tile_tokens(tokens), std::max(96, (tokens + 31) / 32 * 32));
   EXPECT_EQ(nf::gemm_tile_tokens(300), 160);

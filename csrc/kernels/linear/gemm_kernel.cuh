@@ -2,11 +2,12 @@
 // The linear of many tokens, tensor-core bound: 2 T N K operations. Weight rows are wgmma's M, as in
 // packed_linear_kernel.cuh, and the packed weights are the same.
 //
-// Grid: one CTA per SM, in clusters of two, which stay for the whole launch (gemm_schedule.h says what each
-// computes). A cluster's tile is 256 rows x up to 256 tokens, one block of rows for each CTA, so that both
-// read the same activations: each loads half of them, for both. In a CTA a producer thread fills the ring,
-// two warpgroups multiply 64 rows x all tokens each. For the widest tile L2 gives 32 KB for each 128 x 256 x
-// 128 e4m3 products.
+// Grid: one CTA per SM, which stays for the whole launch (gemm_schedule.h says what each computes). A tile is
+// 128 rows x up to 256 tokens. A producer thread fills the ring, two warpgroups multiply 64 rows x all tokens
+// each.
+//
+// Clusters of two CTAs that load their activations for each other were no faster on an H100, at 128 to 8,192
+// tokens: what they save L2 they lose by waiting for each other.
 #pragma once
 
 #include "host/gemm_schedule.h"
@@ -17,7 +18,6 @@
 #include "kernels/linear/linear.h"
 #include "kernels/linear/tile_output.cuh"
 #include "kernels/ptx/bulk_copy.cuh"
-#include "kernels/ptx/cluster.cuh"
 #include "kernels/ptx/named_barrier.cuh"
 #include "kernels/ptx/tensor_map.h"
 #include "kernels/ptx/wgmma.cuh"
@@ -25,21 +25,17 @@
 namespace nf {
 namespace {
 
-constexpr int kClusterCtas = 2;
-
 // kTokens_: of a full tile.
 template <class Element_, int kTokens_>
 struct GemmConfig {
   using Element = Element_;
   static constexpr int kTokens = kTokens_;
   static constexpr int kHalfTokens = kTokens / 2;
-  static constexpr int kLoadedTokens =
-      kHalfTokens / kClusterCtas;  // at once: what a CTA loads of half a tile
-  static constexpr int kLoadedBytes = kLoadedTokens * kTileRowBytes;
+  static constexpr int kHalfBytes = kHalfTokens * kTileRowBytes;  // of a k tile of activations
   static constexpr int kStageBytes = kBlockTileBytes + kTokens * kTileRowBytes;
   static constexpr int kStages = 204 * 1024 / kStageBytes;
   static constexpr int kStagings = 2;
-  static_assert(kTokens % kTileTokensStep == 0 && kHalfTokens % kBoxTokens == 0 && kLoadedTokens % 8 == 0);
+  static_assert(kTokens % kTileTokensStep == 0 && kHalfTokens % kBoxTokens == 0);
 
   // wgmma keeps only some 14 bits of a sum of e4m3 products. After kFoldTiles k tiles its upper part is moved
   // to other registers (TileOutput::fold), which bounds the error for any K. An emulation of such sums gives
@@ -52,15 +48,14 @@ struct GemmConfig {
 
 constexpr int kConsumerWarps = 2 * kWarpgroupThreads / kWarpSize;
 constexpr int kThreads = 3 * kWarpgroupThreads;  // of the last warpgroup one thread produces
-constexpr uint16_t kBothCtas = (1 << kClusterCtas) - 1;
 
 enum NamedBarrier { kAllThreads, kFirstWarpgroup };  // kFirstWarpgroup + i is warpgroup i's
 
 template <class C>
 struct GemmSmem {
   struct Stage {
-    alignas(1024) uint8_t weight[2][kTileBytes];                // [warpgroup], 64 swizzled rows
-    alignas(1024) uint8_t x[2][kClusterCtas][C::kLoadedBytes];  // [half][CTA that loads it], swizzled rows
+    alignas(1024) uint8_t weight[2][kTileBytes];  // [warpgroup], 64 swizzled rows
+    alignas(1024) uint8_t x[2][C::kHalfBytes];    // [half], swizzled rows
   } stage[C::kStages];
   alignas(1024) Staging staging[2][2];  // [warpgroup], two pieces: while one is stored, the next is written
   TileScales<C> scales[2][2];           // [warpgroup], of two tiles: the last one's may still be read
@@ -88,18 +83,15 @@ __device__ __forceinline__ int here(int v) {
   return v;
 }
 
-__device__ __forceinline__ int first_tile() { return blockIdx.x / kClusterCtas; }
-
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
-// The producer: one thread of each CTA fills the rings of both.
+// The producer: one thread fills the ring.
 template <class C>
 struct GemmProducer {
   GemmSmem<C>& s;
   const CUtensorMap &x_map, &out_map;
   const PackedLinearParams& p;
   const GemmSchedule& schedule;
-  const int rank;
   const int k_tiles;
   const uint64_t read_once = ptx::evict_first_policy(), read_again = ptx::evict_normal_policy();
 
@@ -108,31 +100,27 @@ struct GemmProducer {
     if (p.out_type != OutType::kFloat) ptx::prefetch_tensor_map(&out_map);
     for (int i = 0; i < C::kStages; ++i) {
       ptx::mbarrier_init(&s.full[i], 1);
-      ptx::mbarrier_init(&s.empty[i], kConsumerWarps * kClusterCtas);  // a stage is refilled by both CTAs
+      ptx::mbarrier_init(&s.empty[i], kConsumerWarps);
     }
     ptx::fence_mbarrier_init();
   }
 
   __device__ __forceinline__ void load_weight(int stage, const GemmTile& tile, int k) {
-    // Where a lone last block has no partner, the partner reads it too, and stores nothing.
-    const int block = min(tile.pair * kClusterCtas + rank, (p.num_rows - 1) / kBlockRows);
-    const int64_t packed_tile = int64_t(block) * k_tiles + k;
-    ptx::mbarrier_arrive_expect(&s.full[stage],
-                                kBlockTileBytes + tile.num_halves * kClusterCtas * C::kLoadedBytes);
+    const int64_t packed_tile = int64_t(tile.block) * k_tiles + k;
+    ptx::mbarrier_arrive_expect(&s.full[stage], kBlockTileBytes + tile.num_halves * C::kHalfBytes);
     ptx::bulk_load(s.stage[stage].weight, static_cast<const char*>(p.packed) + packed_tile * kBlockTileBytes,
                    kBlockTileBytes, &s.full[stage],
                    tile.num_halves == 2 && p.num_tokens <= C::kTokens ? read_once : read_again);
   }
   __device__ __forceinline__ void load_x(int stage, const GemmTile& tile, int k) {
     for (int half = 0; half < tile.num_halves; ++half)
-      ptx::tensor_load_multicast(
-          s.stage[stage].x[half][rank], &x_map, k * (kTileRowBytes / int(sizeof(typename C::Element))),
-          tile.token + half * C::kHalfTokens + rank * C::kLoadedTokens, &s.full[stage], kBothCtas);
+      ptx::tensor_load(s.stage[stage].x[half], &x_map, k * (kTileRowBytes / int(sizeof(typename C::Element))),
+                       tile.token + half * C::kHalfTokens, &s.full[stage]);
   }
 
   __device__ __forceinline__ void run() {
-    if (first_tile() >= schedule.num_tiles) return;
-    GemmTile tile = schedule.tile(first_tile());
+    if (int(blockIdx.x) >= schedule.num_tiles) return;
+    GemmTile tile = schedule.tile(blockIdx.x);
     const int num_early = min(C::kStages, k_tiles);  // weights depend on no other kernel
     for (int k = 0; k < num_early; ++k) load_weight(k, tile, k);
     let_successor_start();
@@ -141,13 +129,13 @@ struct GemmProducer {
     GemmRing<C> ring;
     for (int k = 0; k < num_early; ++k) ring.advance();
     ring.parity ^= 1;  // the first wait is for the first release
-    for (int i = first_tile(), k = num_early;;) {
+    for (int i = blockIdx.x, k = num_early;;) {
       for (; k < k_tiles; ++k, ring.advance()) {
         ptx::mbarrier_wait(&s.empty[ring.stage], ring.parity);
         load_weight(ring.stage, tile, k);
         load_x(ring.stage, tile, k);
       }
-      i += gridDim.x / kClusterCtas;
+      i += gridDim.x;
       if (i >= schedule.num_tiles) break;
       tile = schedule.tile(i), k = 0;
     }
@@ -161,10 +149,9 @@ struct Multiplier {
   const int warpgroup, thread;  // in the warpgroup
   GemmRing<C> ring;
 
-  // The producers of both CTAs may refill a stage once all warps of both have read it.
+  // The stage may be filled again once all warps have read it.
   __device__ __forceinline__ void release(int stage) {
-    const int lane = thread % kWarpSize;
-    if (lane < kClusterCtas) ptx::mbarrier_arrive_at(&s.empty[stage], lane);
+    if (thread % kWarpSize == 0) ptx::mbarrier_arrive(&s.empty[stage]);
   }
 
   // The products of the stage at `ring`, not waited for.
@@ -199,9 +186,8 @@ struct Multiplier {
       ++started;
     };
     if (num_k_tiles > TileOutput<C>::kPieces) {
-#pragma unroll
-      for (int piece = 0; piece < TileOutput<C>::kPieces; ++piece)
-        next([&] { output.store_piece(piece, thread); });
+#pragma unroll 1
+      while (output.num_boxes > 0) next([&] { output.store_piece(thread); });
     }
     static_assert(C::kFoldTiles / 2 > TileOutput<C>::kPieces);
     // The warpgroups take turns, so that the tensor cores stay busy.
@@ -240,13 +226,13 @@ struct GemmConsumer {
     output.template take<kHalves>(r_acc, scales, row, token, here(thread));
   }
 
-  __device__ __forceinline__ void run(const GemmSchedule& schedule, int rank) {
+  __device__ __forceinline__ void run(const GemmSchedule& schedule) {
     if (p.out_scale && thread == 0) s.out_scale[warpgroup] = *p.out_scale;
     int turn = 0;
 #pragma unroll 1
-    for (int i = first_tile(); i < schedule.num_tiles; i += gridDim.x / kClusterCtas, turn ^= 1) {
+    for (int i = blockIdx.x; i < schedule.num_tiles; i += gridDim.x, turn ^= 1) {
       const GemmTile tile = schedule.tile(i);
-      const int row = (tile.pair * kClusterCtas + rank) * kBlockRows + warpgroup * kTileRows;
+      const int row = tile.block * kBlockRows + warpgroup * kTileRows;
       TileScales<C>& scales = s.scales[warpgroup][turn];
       scales.start_loading(p, row, tile.token, here(thread));
       if (k_tiles <= TileOutput<C>::kPieces) output.store(thread);  // too few products to hide it behind
@@ -270,11 +256,11 @@ __global__ void __launch_bounds__(kThreads, 1)
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   extern __shared__ __align__(1024) uint8_t s_bytes[];
   auto& s = *reinterpret_cast<GemmSmem<C>*>(s_bytes);
-  const int warp = uniform(threadIdx.x / kWarpSize), rank = ptx::cluster_rank();
+  const int warp = uniform(threadIdx.x / kWarpSize);
   const bool is_producer = threadIdx.x == kConsumerWarps * kWarpSize;
-  GemmProducer<C> producer{s, x_map, out_map, p, schedule, rank, k_tiles};
+  GemmProducer<C> producer{s, x_map, out_map, p, schedule, k_tiles};
   if (is_producer) producer.init_barriers();
-  ptx::cluster_sync();  // the barriers of both rings exist
+  __syncthreads();  // the barriers exist
 
   if (warp < kConsumerWarps) {
     ptx::take_registers<232>();
@@ -287,12 +273,11 @@ __global__ void __launch_bounds__(kThreads, 1)
                     thread,
                     {s, warpgroup, thread, {}},
                     {p, out_map, s.staging[warpgroup], s.out_scale[warpgroup], kFirstWarpgroup + warpgroup}}
-        .run(schedule, rank);
+        .run(schedule);
   } else {
     ptx::leave_registers<40>();
     if (is_producer) producer.run();
   }
-  ptx::cluster_sync();  // the other CTA writes to our shared memory no more
 #else
   __trap();
 #endif
@@ -306,15 +291,12 @@ void launch_gemm_of(const PackedLinearParams& p, cudaStream_t stream) {
   constexpr int kElementBytes = int(sizeof(typename C::Element));
   const CUtensorMap x_map =
       ptx::swizzled_rows_map(p.x, p.num_tokens, int64_t(p.num_cols) * kElementBytes,
-                             p.x_stride * kElementBytes, C::kLoadedTokens, kElementBytes);
-  const int num_clusters = p.num_sms / kClusterCtas;
-  launch<kKernel>({.ctas = dim3(unsigned(num_clusters * kClusterCtas)),
-                   .threads = kThreads,
-                   .smem_bytes = int(sizeof(GemmSmem<C>)),
-                   .cluster = kClusterCtas},
-                  stream, x_map, out_map(p), p,
-                  make_gemm_schedule(p.num_rows, p.num_tokens, num_clusters, C::kTokens),
-                  int(packed_shape(p.num_rows, p.num_cols, kElementBytes).k_tiles()));
+                             p.x_stride * kElementBytes, C::kHalfTokens, kElementBytes);
+  const PackedShape shape = packed_shape(p.num_rows, p.num_cols, kElementBytes);
+  launch<kKernel>(
+      {.ctas = dim3(unsigned(p.num_sms)), .threads = kThreads, .smem_bytes = int(sizeof(GemmSmem<C>))},
+      stream, x_map, out_map(p), p,
+      make_gemm_schedule(int(shape.num_blocks()), p.num_tokens, p.num_sms, C::kTokens), int(shape.k_tiles()));
 }
 
 template <class Element>

@@ -86,7 +86,7 @@ struct TileOutput {
   const Divisor& out_scale;
   const int barrier;       // for this warpgroup alone
   int row = 0, token = 0;  // the first
-  int num_boxes = 0;       // to store
+  int num_boxes = 0;       // left to store, the first ones of `r_words`
   int buffer = 0;          // of `staging`, the next
   // For each 8 tokens, of the thread's two, 2q and 2q + 1: values in row g, and in row g + 8, of the
   // warp's 16. q = lane % 4, g = lane / 4.
@@ -137,43 +137,57 @@ struct TileOutput {
     }
   }
 
-  // `piece` is known to the compiler: the words are registers.
-  __device__ __forceinline__ void store_piece(int piece, int thread) {
-    if (piece * kPieceBoxes >= num_boxes) return;
+  // Stores what is first. The rest moves to the front, so that the same code stores it: unrolled for every
+  // piece, in each of its places, it would not fit in the instruction cache.
+  __device__ __forceinline__ void store_piece(int thread) {
     Staging& to = staging[buffer];
     if constexpr (C::kStagings == 1)
       await_buffer(thread);
     else
       buffer ^= 1;
-    const int warp = thread / kWarpSize, lane = thread % kWarpSize;
-    const bool swiglu = p.epilogue == Epilogue::kSwiglu, fp8 = p.out_type == OutType::kFp8;
-    if (!swiglu)
-      stage_rows(to, piece, warp, lane);
-    else if (fp8)
-      stage_swiglu_fp8(to, piece, warp, lane);
-    else
-      stage_swiglu(to, piece, warp, lane);
+    stage(to, thread);
     ptx::fence_proxy_async();
     await_buffer(thread);  // the other one, for the next piece; and all of this one is written
     if (thread == 0) {
+      const bool swiglu = p.epilogue == Epilogue::kSwiglu, fp8 = p.out_type == OutType::kFp8;
       const int column = swiglu ? row / 2 : row, box_bytes = kBoxTokens * kTileRows * 2 >> swiglu >> fp8;
-      for (int box = piece * kPieceBoxes, i = 0; i < kPieceBoxes && box < num_boxes; ++i, ++box) {
+#pragma unroll 1
+      for (int i = 0; i < min(kPieceBoxes, num_boxes); ++i) {
         if (p.epilogue == Epilogue::kAdd)
-          ptx::tensor_add(&out_map, column, token + box * kBoxTokens, &to[i * box_bytes]);
+          ptx::tensor_add(&out_map, column, token + i * kBoxTokens, &to[i * box_bytes]);
         else
-          ptx::tensor_store(&out_map, column, token + box * kBoxTokens, &to[i * box_bytes]);
+          ptx::tensor_store(&out_map, column, token + i * kBoxTokens, &to[i * box_bytes]);
       }
       ptx::commit_stores();
     }
     __syncwarp();
+    next_piece();
   }
 
   __device__ __forceinline__ void store(int thread) {
-#pragma unroll
-    for (int piece = 0; piece < kPieces; ++piece) store_piece(piece, thread);
+#pragma unroll 1
+    while (num_boxes > 0) store_piece(thread);
   }
 
  private:
+  // The first piece.
+  __device__ __forceinline__ void stage(Staging& to, int thread) const {
+    const int warp = thread / kWarpSize, lane = thread % kWarpSize;
+    if (p.epilogue != Epilogue::kSwiglu)
+      stage_rows(to, warp, lane);
+    else if (p.out_type == OutType::kFp8)
+      stage_swiglu_fp8(to, warp, lane);
+    else
+      stage_swiglu(to, warp, lane);
+  }
+  __device__ __forceinline__ void next_piece() {
+    token += kPieceTokens, num_boxes -= kPieceBoxes;
+#pragma unroll
+    for (int i = 0; i + kPieceGroups < C::kTokens / kGroupTokens; ++i) {
+      r_words[i][0] = r_words[i + kPieceGroups][0];
+      r_words[i][1] = r_words[i + kPieceGroups][1];
+    }
+  }
   __device__ __forceinline__ void await_buffer(int thread) const {
     if (thread == 0) ptx::wait_until_stores_have_read();
     ptx::barrier_sync(barrier, kWarpgroupThreads);
@@ -200,11 +214,11 @@ struct TileOutput {
     }
   }
 
-  __device__ __forceinline__ void stage_rows(Staging& to, int piece, int warp, int lane) const {
+  __device__ __forceinline__ void stage_rows(Staging& to, int warp, int lane) const {
     const uint32_t base = ptx::smem_address(to);
 #pragma unroll
     for (int j = 0; j < kPieceGroups; j += 2) {
-      const auto *first = r_words[piece * kPieceGroups + j], *second = r_words[piece * kPieceGroups + j + 1];
+      const auto *first = r_words[j], *second = r_words[j + 1];
       const uint32_t words[4] = {first[0], first[1], second[0], second[1]};
       ptx::store_matrices_trans(
           base + staged_offset<8>((j + lane / 16) * kGroupTokens + lane % 8, warp * 2 + lane / 8 % 2), words);
@@ -212,23 +226,23 @@ struct TileOutput {
   }
 
   // silu(gate) * up of the piece's j-th group of tokens: of the thread's two, in the warp's column g.
-  __device__ __forceinline__ uint32_t swiglu_words(int piece, int j) const {
-    const auto& word = r_words[piece * kPieceGroups + j];
+  __device__ __forceinline__ uint32_t swiglu_words(int j) const {
+    const auto& word = r_words[j];
     const float2 gate = widen_bf16(word[0]), up = widen_bf16(word[1]);
     return bits_of(__floats2bfloat162_rn(silu_mul(gate.x, up.x), silu_mul(gate.y, up.y)));
   }
 
-  __device__ __forceinline__ void stage_swiglu(Staging& to, int piece, int warp, int lane) const {
+  __device__ __forceinline__ void stage_swiglu(Staging& to, int warp, int lane) const {
     uint32_t words[kPieceGroups];
 #pragma unroll
-    for (int j = 0; j < kPieceGroups; ++j) words[j] = swiglu_words(piece, j);
+    for (int j = 0; j < kPieceGroups; ++j) words[j] = swiglu_words(j);
     ptx::store_matrices_trans(ptx::smem_address(to) + staged_offset<4>(lane, warp), words);
   }
 
-  __device__ __forceinline__ void stage_swiglu_fp8(Staging& to, int piece, int warp, int lane) const {
+  __device__ __forceinline__ void stage_swiglu_fp8(Staging& to, int warp, int lane) const {
 #pragma unroll
     for (int j = 0; j < kPieceGroups; ++j) {
-      const uint32_t word = ptx::transpose_matrix(swiglu_words(piece, j));  // token g, columns 2q and 2q + 1
+      const uint32_t word = ptx::transpose_matrix(swiglu_words(j));  // token g, columns 2q and 2q + 1
       const int token_in_piece = j * kGroupTokens + lane / 4;
       *reinterpret_cast<uint16_t*>(
           &to[staged_offset<2>(token_in_piece, warp / 2) + warp % 2 * 8 + lane % 4 * 2]) =

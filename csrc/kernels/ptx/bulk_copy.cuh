@@ -42,17 +42,6 @@ __device__ __forceinline__ void tensor_load(void* shared, const CUtensorMap* map
       : "memory");
 }
 
-// The same to every CTA of the cluster whose bit is set in `ctas`: to the same place in its shared memory,
-// completing on its own barrier there.
-__device__ __forceinline__ void tensor_load_multicast(void* shared, const CUtensorMap* map, int x, int y,
-                                                      uint64_t* barrier, uint16_t ctas) {
-  asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], "
-      "[%1, {%3, %4}], [%2], %5;" ::"r"(smem_address(shared)),
-      "l"(map), "r"(smem_address(barrier)), "r"(x), "r"(y), "h"(ctas)
-      : "memory");
-}
-
 // Of a 3-D one.
 __device__ __forceinline__ void tensor_load(void* shared, const CUtensorMap* map, int x, int y, int z,
                                             uint64_t* barrier) {
