@@ -289,9 +289,8 @@ void launch_gemm_of(const PackedLinearParams& p, cudaStream_t stream) {
   constexpr auto kKernel = gemm_kernel<C>;
   NF_CHECK(can_overlap<kKernel>(), "a GPU or a build without sm_90a");
   constexpr int kElementBytes = int(sizeof(typename C::Element));
-  const CUtensorMap x_map =
-      ptx::swizzled_rows_map(p.x, p.num_tokens, int64_t(p.num_cols) * kElementBytes,
-                             p.x_stride * kElementBytes, C::kHalfTokens, kElementBytes);
+  const CUtensorMap x_map = ptx::swizzled_rows_map(p.x, p.num_tokens, int64_t(p.num_cols) * kElementBytes,
+                                                   p.x_stride * kElementBytes, C::kHalfTokens, kElementBytes);
   const PackedShape shape = packed_shape(p.num_rows, p.num_cols, kElementBytes);
   launch<kKernel>(
       {.ctas = dim3(unsigned(p.num_sms)), .threads = kThreads, .smem_bytes = int(sizeof(GemmSmem<C>))},
