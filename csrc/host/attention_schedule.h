@@ -49,18 +49,11 @@ constexpr int leaf_pages(int pages, int wanted) {
   return of(kMaxLeaves) > kLongLeaf ? of(kMaxLeaves) : kLongLeaf;
 }
 
-// a / b for positive a and b < 2^31: a GPU divides 64-bit numbers several times slower.
-constexpr int64_t divide(int64_t a, int64_t b) {
-  return a >> 32 == 0 ? int64_t(uint32_t(a) / uint32_t(b)) : a / b;
-}
-
 // First page of CTA `cta`'s part of the line: floor(cta * W / num_ctas).
-constexpr int64_t part_begin(int cta, int64_t W, int num_ctas) { return divide(cta * W, num_ctas); }
+constexpr int64_t part_begin(int cta, int64_t W, int num_ctas) { return cta * W / num_ctas; }
 
 // The CTA whose part holds page `at` of the line: the largest c with part_begin(c) <= at.
-constexpr int owner_of(int64_t at, int64_t W, int num_ctas) {
-  return int(divide((at + 1) * num_ctas - 1, W));
-}
+constexpr int owner_of(int64_t at, int64_t W, int num_ctas) { return int(((at + 1) * num_ctas - 1) / W); }
 
 // What becomes of a subtree of 2^level leaves from `leaf` on: first it is merged with its left siblings on
 // levels [level, merged_level), then stored on a stack until its right sibling comes, or left in memory if

@@ -49,9 +49,13 @@ struct Emulation {
   std::vector<Hash> results;                     // of each pair
   std::vector<int64_t> pages_done;               // of each CTA
 
-  void leave(Hash value, int cta, int* num_left) {
-    EXPECT_EQ(*num_left < kPartialsPerCta, true);
-    EXPECT_EQ(partials.emplace(std::pair(cta, (*num_left)++), value).second, true);
+  // All that is on the stack.
+  void leave(Stack* stack, int cta, int* num_left) {
+    for (int level = kLevels - 1; level >= 0; --level) {
+      if (!(stack->pending >> level & 1)) continue;
+      EXPECT_EQ(*num_left < kPartialsPerCta, true);
+      EXPECT_EQ(partials.emplace(std::pair(cta, (*num_left)++), stack->take(level)).second, true);
+    }
   }
 
   void run() {
@@ -77,7 +81,6 @@ struct Emulation {
       EXPECT_EQ(part_begin(cta, W, num_ctas) <= at && at < part_begin(cta + 1, W, num_ctas), true);
       pages_done[cta] += std::min(leaf_size, pages[tile] - leaf * leaf_size);
     }
-    Stack of_owner;
     for (int first = 0; first < num_leaves;) {  // the CTAs that share the pair, one after another
       const int cta = cta_of(first);
       int last = first;
@@ -89,26 +92,22 @@ struct Emulation {
         const Push plan = plan_push(leaf, 0, first);
         for (int l = 0; l < plan.merged_level; ++l) value = merge(stack.take(l), value);
         if (leaf + 1 == num_leaves && first == 0) return stack.merge_all(value);
-        if (plan.leaves)
-          leave(value, cta, &num_left);
-        else
-          stack.put(plan.merged_level, value);
+        if (plan.leaves) EXPECT_EQ(stack.pending, 0u);
+        stack.put(plan.merged_level, value);
+        if (plan.leaves) leave(&stack, cta, &num_left);
       }
-      if (first == 0) {
-        of_owner = stack;
-      } else {
-        for (int level = kLevels - 1; level >= 0; --level)
-          if (stack.pending >> level & 1) leave(stack.take(level), cta, &num_left);
-      }
+      leave(&stack, cta, &num_left);
+      if (first == 0) EXPECT_EQ(num_left <= kLevels, true);  // these are in the owner's ring
       first = last + 1;
     }
-    return collect(of_owner, cta_of, num_leaves);
+    return collect(cta_of, num_leaves);
   }
 
   // The owner, as Pair::collect: what a lane of the warp finds out about its leaf, then a batch's part of the
-  // tree, then the stack, on which its own subtrees wait already.
+  // tree, then the stack.
   template <class F>
-  Hash collect(Stack stack, F&& cta_of, int num_leaves) {
+  Hash collect(F&& cta_of, int num_leaves) {
+    Stack stack;
     const auto level_of = [&](int leaf) {
       int level = 0;
       for (int l = 1; l <= kLevels; ++l) {
@@ -119,9 +118,8 @@ struct Emulation {
     };
     const auto is_start = [&](int leaf) { return leaf >> level_of(leaf) << level_of(leaf) == leaf; };
     const auto subtree_of = [&](int leaf) {
-      if (cta_of(leaf) == cta_of(0)) return stack.take(level_of(leaf));
       int first = leaf, ordinal = 0;
-      while (cta_of(first - 1) == cta_of(leaf)) ordinal += is_start(--first);
+      while (first > 0 && cta_of(first - 1) == cta_of(leaf)) ordinal += is_start(--first);
       const auto found = partials.find({cta_of(leaf), ordinal});
       EXPECT_EQ(found != partials.end(), true);
       const Hash value = found->second;

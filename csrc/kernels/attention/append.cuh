@@ -40,19 +40,20 @@ struct NewToken {
                                         const Unit<C>& keys, const Unit<C>& values) const {
     if (!is_used()) return;
     const HalfPairs rotated = nf::rotate({widen_pair<Scalar>(k[0]), widen_pair<Scalar>(k[1])}, cos, sin);
-    const uint32_t new_k[2] = {round_pair<Scalar>(rotated.low), round_pair<Scalar>(rotated.high)};
+    uint32_t new_k = round_pair<Scalar>(rotated.low), new_v = v[0];
     const bool is_mine = position >= tile.length - int(tile.queries);
     const int64_t row = int64_t(head * kPageSize + position % kPageSize) * C::kHeadDim;
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
+#pragma unroll 1
+    for (int half = 0; half < 2; ++half) {  // rolled: divisions are long
       const int d = element() + half * kHalf, token = position % C::kStepTokens;
-      const Stored of_k = stored(new_k[half], p.k_scale), of_v = stored(v[half], p.v_scale);
+      const Stored of_k = stored(new_k, p.k_scale), of_v = stored(new_v, p.v_scale);
       put(keys, token, d, of_k);
       put(values, token, d, of_v);
       if (is_mine) {
         static_cast<Stored*>(p.k_cache)[(page_id * p.k_page_stride + row + d) / 2] = of_k;
         static_cast<Stored*>(p.v_cache)[(page_id * p.v_page_stride + row + d) / 2] = of_v;
       }
+      new_k = round_pair<Scalar>(rotated.high), new_v = v[1];
     }
   }
 

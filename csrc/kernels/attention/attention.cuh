@@ -42,7 +42,7 @@ __device__ __forceinline__ int part_of_cta(const LaunchConfig& config) {
 // What an owner must know of the other CTAs' subtrees: lane i of each warp looks at leaf i.
 struct Plan {
   int num_leaves;
-  int part;         // whose leaf i is
+  int part;         // whose leaf i is; past the end as for the last
   int level;        // of the largest aligned subtree around leaf i that one CTA has
   int index;        // of that subtree among those of its CTA
   uint32_t starts;  // where such subtrees start
@@ -53,17 +53,16 @@ struct Plan {
     const int pages = line.pages(tile), leaf_size = line.tiles[tile].leaf;
     num_leaves = ceil_div(pages, leaf_size);
     const int64_t begin = at - (at - line.pair_begin(tile, 0)) % pages;
-    part = lane < num_leaves ? owner_of(begin + int64_t(lane) * leaf_size, W, int(gridDim.x)) : -1;
+    part = owner_of(begin + int64_t(min(lane, num_leaves - 1)) * leaf_size, W, int(gridDim.x));
+    const uint32_t same = __match_any_sync(kFullWarp, part);  // neighbours
     level = 0;
 #pragma unroll
     for (int l = 1; l <= kLevels; ++l) {
       const int low = lane >> l << l, high = low + (1 << l) - 1;
-      const int a = __shfl_sync(kFullWarp, part, low), b = __shfl_sync(kFullWarp, part, high);
-      if (high < num_leaves && a == b) level = l;
+      if (high < num_leaves && (same >> low & same >> high & 1)) level = l;
     }
     starts = __ballot_sync(kFullWarp, lane < num_leaves && lane >> level << level == lane);
-    const uint32_t same = __match_any_sync(kFullWarp, part);
-    index = __popc(starts & same & ((1u << lane) - 1));
+    index = __popc(starts & same & ((2u << lane) - 1)) - 1;
   }
 };
 
@@ -74,44 +73,47 @@ struct Pair {
   const LaunchConfig& config;
   const Line& line;
   Stack<C> stack;
+  Partial<C>* own;     // for what the owner itself leaves: its ring, which is free by then
   int part;            // the CTA's
   int tile, head;      // the pair's
   int first_leaf = 0;  // of this CTA
   int num_left = 0;    // subtrees in memory
 
-  __device__ __forceinline__ Partial<C>& partial(int of_part, int index) const {
-    return static_cast<Partial<C>*>(p.workspace)[of_part * kPartialsPerCta + index];
+  __device__ __forceinline__ void start(const Leaf& leaf, int index) {
+    tile = leaf.tile, head = leaf.head;
+    first_leaf = index;
+    num_left = 0;
   }
-  __device__ __forceinline__ void leave(const State<C>& state) {
-    partial(part, num_left++).store(Parcel<C>(state));
+  __device__ __forceinline__ bool is_owner() const { return first_leaf == 0; }
+
+  // Subtree `index` of those that a CTA leaves.
+  __device__ __forceinline__ Partial<C>* partial(int of_part, int index) const {
+    if (is_owner() && of_part == part) return own + index;
+    return static_cast<Partial<C>*>(p.workspace) + of_part * kPartialsPerCta + index;
   }
 
-  __device__ __forceinline__ void push(State<C>& state, int leaf) {
-    const Push plan = plan_push(leaf, 0, first_leaf);
-    for (int level = 0; level < plan.merged_level; ++level) stack.merge_left(level, state);
-    if (plan.leaves)
-      leave(state);
-    else
-      stack.put(plan.merged_level, state);
+  // Adds a subtree of 2^level leaves to the stack, or if it is the pair's last, all of the stack to it.
+  // Returns whether the left sibling of what was put is not this CTA's: then nothing else is on the stack.
+  __device__ __forceinline__ bool push(State<C>& state, int leaf, int level, bool is_last) {
+    const Push plan = plan_push(leaf, level, first_leaf);
+    stack.merge_left(level, is_last ? kLevels : plan.merged_level, state);
+    if (!is_last) stack.put(plan.merged_level, state);
+    return plan.leaves;
   }
 
-  // All leaves are this CTA's, and `state` is the last.
-  __device__ __forceinline__ void finish(State<C>& state) {
-    stack.merge_all(state);
-    write(state);
-  }
-
-  // No more leaves of a pair that is another CTA's.
-  __device__ __forceinline__ void leave_rest() {
-    State<C> state;
+  // Leaves all that is on the stack, in the order of the leaves.
+  __device__ __forceinline__ void leave() {
+#pragma unroll 1
     for (int level = kLevels - 1; level >= 0; --level) {
       if (!(stack.pending >> level & 1)) continue;
+      State<C> state;
       stack.take(level, state);
-      leave(state);
+      Parcel<C>(state).store(partial(part, num_left++)->of_thread());
     }
   }
 
   __device__ __forceinline__ void write(const State<C>& state) const {
+    using Scalar = typename C::Scalar;
     const Tile tile = line.tiles[this->tile];
     const float v_scale = C::kFp8 ? p.v_scale : 1.0f;
 #pragma unroll
@@ -121,65 +123,62 @@ struct Pair {
       const float scale = state.l[n] > 0.0f ? v_scale / state.l[n] : 0.0f;
       const int64_t at = (int64_t(tile.token) + query) * p.out_stride +
                          (head * p.group + row - query * p.group) * C::kHeadDim + threadIdx.x % 16 * 4;
+      uint2 rounded[C::kParts];
 #pragma unroll
       for (int i = 0; i < C::kParts; ++i) {
-        using Scalar = typename C::Scalar;
         const float4 o = state.o[n][i];
-        const uint2 rounded{round_pair<Scalar>({o.x * scale, o.y * scale}),
-                            round_pair<Scalar>({o.z * scale, o.w * scale})};
-        if (p.out_scale == nullptr) {
-          *reinterpret_cast<uint2*>(static_cast<Scalar*>(p.out) + at + i * 64) = rounded;
-        } else {
-          const float out_scale = *p.out_scale;
-          const uint32_t low = divide_to_e4m3(widen_pair<Scalar>(rounded.x), out_scale),
-                         high = divide_to_e4m3(widen_pair<Scalar>(rounded.y), out_scale);
-          *reinterpret_cast<uint32_t*>(static_cast<char*>(p.out) + at + i * 64) = low | high << 16;
-        }
+        rounded[i] = {round_pair<Scalar>({o.x * scale, o.y * scale}),
+                      round_pair<Scalar>({o.z * scale, o.w * scale})};
+        if (p.out_scale == nullptr)
+          *reinterpret_cast<uint2*>(static_cast<Scalar*>(p.out) + at + i * 64) = rounded[i];
+      }
+      if (p.out_scale == nullptr) continue;
+      const float out_scale = *p.out_scale;
+#pragma unroll 1
+      for (int i = 0; i < C::kParts; ++i) {  // rolled: divisions are long
+        const uint32_t low = divide_to_e4m3(widen_pair<Scalar>(rounded[0].x), out_scale),
+                       high = divide_to_e4m3(widen_pair<Scalar>(rounded[0].y), out_scale);
+        *reinterpret_cast<uint32_t*>(static_cast<char*>(p.out) + at + i * 64) = low | high << 16;
+        rounded[0] = rounded[C::kParts - 1];
       }
     }
   }
 
-  // This CTA owns the pair, has had its leaves and waits for the other CTAs' subtrees. They are later parts
+  // This CTA owns the pair, has left its own subtrees and waits for the other CTAs'. They are later parts
   // and wait for nothing before they leave these; all CTAs of a launch are resident at once, and the next
   // launch's come after them: so the wait ends. (After a launch that failed half-way the workspace must be
   // filled anew.)
-  __device__ __forceinline__ void collect(const Plan& plan) {
+  __device__ __forceinline__ void collect(const Plan& plan, State<C>& state) {
     // A batch's part of the tree is in registers: a subtree lies where its first leaf would, what its other
-    // leaves would fill is empty. All loads of a batch are under way before the first is used. The stack
+    // leaves would fill is not used. All loads of a batch are under way before the first is used. The stack
     // merges the batches.
     constexpr int kBatchLevel = C::kTilesN * C::kParts >= 4 ? 2 : 3, kBatch = 1 << kBatchLevel;
+    Partial<C>* const of_lane = partial(plan.part, plan.index);
 #pragma unroll 1
     for (int first = 0; first < plan.num_leaves; first += kBatch) {
       const uint32_t present = plan.starts >> first;
       if (!(present & 1)) continue;  // part of a subtree that began before
-      Partial<C>* from[kBatch];
-      uint32_t remote = 0;
+      uint4* from[kBatch];
 #pragma unroll
       for (int i = 0; i < kBatch; ++i) {
-        const int of_part = __shfl_sync(kFullWarp, plan.part, first + i),
-                  index = __shfl_sync(kFullWarp, plan.index, first + i);
-        const bool is_remote = (present >> i & 1) && of_part != part;
-        from[i] = is_remote ? &partial(of_part, index) : &partial(part, 0);  // something
-        remote |= uint32_t(is_remote) << i;
+        const auto base = __shfl_sync(kFullWarp, reinterpret_cast<unsigned long long>(of_lane), first + i);
+        from[i] = reinterpret_cast<Partial<C>*>(base)->of_thread();
+        asm volatile("" : "+l"(from[i]));  // or nvcc keeps `base`, too, and adds in the loop
       }
       Parcel<C> parcel[kBatch];
-      uint32_t complete;
+      bool complete;
       do {
 #pragma unroll
-        for (int i = 0; i < kBatch; ++i) from[i]->load(parcel[i]);
-        complete = 0;
+        for (int i = 0; i < kBatch; ++i) parcel[i].load(from[i]);
+        complete = true;
 #pragma unroll
-        for (int i = 0; i < kBatch; ++i) complete |= uint32_t(parcel[i].is_complete()) << i;
-      } while ((remote & ~complete) != 0);
+        for (int i = 0; i < kBatch; ++i) complete &= parcel[i].is_complete();
+      } while (!complete);
       State<C> batch[kBatch];
 #pragma unroll
       for (int i = 0; i < kBatch; ++i) {
         parcel[i].open(batch[i]);
-        const int level = __shfl_sync(kFullWarp, plan.level, first + i);
-        if (remote >> i & 1)
-          from[i]->clear();
-        else if (present >> i & 1)
-          stack.take(level, batch[i]);
+        Parcel<C>::clear(from[i]);
       }
 #pragma unroll
       for (int step = 1; step < kBatch; step *= 2) {
@@ -187,13 +186,9 @@ struct Pair {
         for (int i = 0; i < kBatch; i += 2 * step)
           if (present >> (i + step) & 1) merge<C>(batch[i], batch[i + step]);
       }
+      state = batch[0];
       const int level = max(kBatchLevel, __shfl_sync(kFullWarp, plan.level, first));
-      const Push push = plan_push(first, level, 0);
-      for (int l = level; l < push.merged_level; ++l) stack.merge_left(l, batch[0]);
-      if (present >> kBatch)
-        stack.put(push.merged_level, batch[0]);
-      else
-        finish(batch[0]);
+      push(state, first, level, present >> kBatch == 0);
     }
   }
 };
@@ -204,24 +199,26 @@ struct Worker {
   const AttentionParams<typename C::Scalar>& p;
   const LaunchConfig& config;
   Loader<C> loader;
-  int slot = 0;  // the next to read
+  uint32_t ring;  // shared address
+  int slot = 0;   // the next to read
   Queries<C> queries;
   NewToken<C> new_token;
   Fragments<C> result;
-  uint32_t last_read[C::kTilesN];  // slots that are free once the warps have met
 
   __device__ __forceinline__ Unit<C> unit_from(int from) const {
     Unit<C> unit;
 #pragma unroll
     for (int i = 0; i < C::kUnitSlots; ++i) {
       const int at = from + i < C::kSlots ? from + i : from + i - C::kSlots;
-      unit.slot[i] = loader.ring + uint32_t(at * C::kSlotBytes);
+      unit.slot[i] = ring + uint32_t(at * C::kSlotBytes);
     }
     return unit;
   }
-  __device__ __forceinline__ void skip_unit() {
+  __device__ __forceinline__ Unit<C> next_unit() {
+    const Unit<C> unit = unit_from(slot);
     slot += C::kUnitSlots;
     if (slot >= C::kSlots) slot -= C::kSlots;
+    return unit;
   }
   // Until the slots that are read next are complete, `kUnits` units.
   template <int kUnits>
@@ -229,10 +226,15 @@ struct Worker {
     ptx::wait_for_copies<C::kSlots - kUnits * C::kUnitSlots>();
     __syncwarp();  // all lanes' copies are complete
   }
-  __device__ __forceinline__ void refill() {
+  // With what comes kSlots slots later.
+  __device__ __forceinline__ void refill(const Unit<C>& unit, bool is_values) {
     __syncwarp();  // all lanes have read it
 #pragma unroll
-    for (int i = 0; i < C::kUnitSlots; ++i) loader.issue();
+    for (int i = 0; i < C::kUnitSlots; ++i) {
+      const int phase = (C::kSlots + is_values * C::kUnitSlots + i) % C::kPhases;
+      loader.fill(unit.slot[i], phase);
+      if (phase == C::kPhases - 1) loader.next_page();
+    }
   }
 
   __device__ __forceinline__ void start_pair(const Line& line, const Leaf& leaf) {
@@ -266,51 +268,54 @@ struct Worker {
     }
   }
 
-  // A step: the warp's share of one page. The last one's slots are not refilled before finish_leaf.
-  __device__ __forceinline__ void step(const Line& line, const Leaf& leaf, int page) {
-    constexpr bool kHoldsKeys = C::kTilesN > C::kUnitSlots;
-    const bool is_last = page + kPagesAtOnce >= leaf.end;
-    const int first_token = WarpPages::first_token(page);
-    if (p.append.k != nullptr) {
-      const NewTokens tokens(line.tiles[leaf.tile], first_token, C::kStepTokens);
-      if (tokens.any()) append(line, leaf, tokens);
-    }
-    Scores<C> score;
-    wait_for_units<1>();
-    const Unit<C> keys = unit_from(slot);
-    score_unit<C>(score, keys, queries);
-    skip_unit();
-    if (!(kHoldsKeys && is_last)) refill();
+  // A leaf: the warp's shares of its pages, a step each, and then all warps' results.
+  __device__ __forceinline__ void compute_leaf(MeetingSmem<C>& s, const Line& line, const Leaf& leaf,
+                                               State<C>& sum) {
+    constexpr bool kHoldsKeys = C::kTilesN > C::kUnitSlots;  // the last step's: for the results
+    start_leaf(line, leaf);
+    for (int page = WarpPages::first_page(leaf);; page += kPagesAtOnce) {
+      const bool works = page < leaf.end;  // not all warps if the leaf is a single page
+      const bool is_last = page + kPagesAtOnce >= leaf.end;
+      Unit<C> keys, values;
+      if (works) {
+        const int first_token = WarpPages::first_token(page);
+        if (p.append.k != nullptr) {
+          const NewTokens tokens(line.tiles[leaf.tile], first_token, C::kStepTokens);
+          if (tokens.any()) append(line, leaf, tokens);
+        }
+        Scores<C> score;
+        wait_for_units<1>();
+        keys = next_unit();
+        score_unit<C>(score, keys, queries);
+        if (!(kHoldsKeys && is_last)) refill(keys, false);
 
-    uint32_t weights[2][C::kTilesN][2];
-    to_weights<C>(weights, result, score, config.score_scale, queries, first_token);
+        uint32_t weights[2][C::kTilesN][2];
+        to_weights<C>(weights, result, score, config.score_scale, queries, first_token);
 
-    if (kHoldsKeys && is_last)
-      wait_for_units<2>();  // one refill less is under way
-    else
-      wait_for_units<1>();
-    const Unit<C> values = unit_from(slot);
-    add_values<C>(result, values, weights);
-    skip_unit();
-    if (!is_last) refill();
-    last_read[0] = values.slot[0];
-    if constexpr (C::kTilesN == 2) last_read[1] = kHoldsKeys ? keys.slot[0] : values.slot[C::kUnitSlots - 1];
-  }
-
-  // All warps' results of a leaf.
-  __device__ __forceinline__ void finish_leaf(MeetingSmem<C>& s, const Leaf& leaf, State<C>& sum) {
-    constexpr int kHeldUnits = C::kTilesN > C::kUnitSlots ? 2 : 1;
-    const bool has_worked = WarpPages::first_page(leaf) < leaf.end;
-    if (has_worked) {
-      __syncwarp();  // all lanes have read the slots
-      put_fragments<C>(s, last_read, result);
-    }
-    __syncthreads();  // the results are in the slots
-    take_sum<C>(s, leaf.size() > 1, sum);
-    __syncthreads();  // and read
-    if (has_worked) {
-#pragma unroll
-      for (int i = 0; i < kHeldUnits; ++i) refill();
+        if (kHoldsKeys && is_last)
+          wait_for_units<2>();  // one refill less is under way
+        else
+          wait_for_units<1>();
+        values = next_unit();
+        add_values<C>(result, values, weights);
+      }
+      if (is_last) {
+        if (works) {
+          uint32_t slots[C::kTilesN] = {values.slot[0]};
+          if constexpr (C::kTilesN == 2)
+            slots[1] = kHoldsKeys ? keys.slot[0] : values.slot[C::kUnitSlots - 1];
+          __syncwarp();  // all lanes have read the slots
+          put_fragments<C>(s, slots, result);
+        }
+        __syncthreads();  // the results are in the slots
+        take_sum<C>(s, leaf.size() > 1, sum);
+        __syncthreads();  // and read
+      }
+      if (works) {
+        if (kHoldsKeys && is_last) refill(keys, false);
+        refill(values, true);
+      }
+      if (is_last) return;
     }
   }
 };
@@ -320,9 +325,60 @@ template <class C>
 __device__ __forceinline__ void clear_rows(const AttentionParams<typename C::Scalar>& p, int64_t first) {
   const int element_bytes = p.out_scale == nullptr ? int(sizeof(typename C::Scalar)) : 1;
   const int words = p.num_kv_heads * p.group * C::kHeadDim * element_bytes / int(sizeof(uint32_t));
+#pragma unroll 1
   for (int64_t row = first + blockIdx.x; row < p.num_tokens; row += gridDim.x) {
     auto* to = reinterpret_cast<uint32_t*>(static_cast<char*>(p.out) + row * p.out_stride * element_bytes);
+#pragma unroll 1
     for (int i = threadIdx.x; i < words; i += C::kThreads) to[i] = 0;
+  }
+}
+
+// Pages [begin, end) of the line, which are whole leaves. Most of this runs once in a launch and finds the
+// instruction cache cold, so what matters is its size: one inlined copy of everything, loops rolled.
+template <class C>
+__device__ __forceinline__ void compute_part(const AttentionParams<typename C::Scalar>& p,
+                                             const LaunchConfig& config, Smem<C>& s, const Line& line,
+                                             int part, int begin, int end) {
+  Leaf leaf = leaf_at(line, begin);
+  const uint32_t ring = uint32_t(__cvta_generic_to_shared(s.ring[threadIdx.x / kWarpSize]));
+  Worker<C> worker{p, config, {p, WarpPages(line, leaf, end - begin)}, ring};
+#pragma unroll 1
+  for (int i = 0;; ++i) {
+    const int phase = i % C::kPhases;
+    if (phase == 0) worker.loader.next_page();
+    if (i == C::kSlots) break;
+    if (!worker.loader.is_old(phase)) wait_for_predecessor();
+    worker.loader.fill(ring + uint32_t(i * C::kSlotBytes), phase);
+  }
+  // The last pair of the part is the only one that this CTA may own and not have all of.
+  const Plan plan(line, end - 1, line.total());
+  wait_for_predecessor();
+
+  static_assert(kLevels * sizeof(Partial<C>) <= sizeof(s.ring));
+  Pair<C> pair{p, config, line, {s.stack}, reinterpret_cast<Partial<C>*>(s.ring), part};
+  int index = leaf.first / line.tiles[leaf.tile].leaf;
+  bool new_pair = true;
+#pragma unroll 1
+  for (int pages_left = end - begin; pages_left > 0;) {
+    if (new_pair) {
+      pair.start(leaf, index);
+      worker.start_pair(line, leaf);
+    }
+    State<C> state;
+    worker.compute_leaf(s.meeting, line, leaf, state);
+
+    pages_left -= leaf.size();
+    const bool ends_pair = leaf.ends_pair();
+    const bool is_whole = ends_pair && pair.is_owner(), is_last = ends_pair || pages_left == 0;
+    const bool leaves = pair.push(state, index, 0, is_whole);
+    if (!is_whole && (leaves || is_last)) pair.leave();
+    if (is_last && pair.is_owner()) {
+      if (!is_whole) pair.collect(plan, state);
+      pair.write(state);
+    }
+    new_pair = ends_pair;
+    index = ends_pair ? 0 : index + 1;
+    if (pages_left > 0) leaf.advance(line);
   }
 }
 
@@ -347,51 +403,11 @@ __global__ void __launch_bounds__(C::kThreads, kMaxCtasPerSm)
   const int end_or_begin =
       W == 0 ? 0 : next_leaf_start(line, int(part_begin(part + int(threadIdx.x % 2), W, int(gridDim.x))));
   const int begin = __shfl_sync(kFullWarp, end_or_begin, 0), end = __shfl_sync(kFullWarp, end_or_begin, 1);
-  if (begin == end) {
+  if (begin < end)
+    compute_part(p, config, s, line, part, begin, end);
+  else
     wait_for_predecessor();  // also so that the kernel ends after it
-    clear_rows<C>(p, num_queries);
-    return;
-  }
-
-  Leaf leaf = leaf_at(line, begin);
-  const uint32_t ring = uint32_t(__cvta_generic_to_shared(s.ring[threadIdx.x / kWarpSize]));
-  Worker<C> worker{p, config, Loader<C>(p, ring, WarpPages(line, leaf, end - begin))};
-  int num_issued = 0;
-  for (; num_issued < C::kSlots && worker.loader.is_old(); ++num_issued) worker.loader.issue();
-  // The last pair of the part is the only one that this CTA may own and not have all of.
-  const Plan plan(line, end - 1, W);
-  wait_for_predecessor();
-  for (; num_issued < C::kSlots; ++num_issued) worker.loader.issue();
   clear_rows<C>(p, num_queries);
-
-  Pair<C> pair{p, config, line, {s.stack}, part, leaf.tile, leaf.head};
-  bool new_pair = true;
-  for (int pages_left = end - begin; pages_left > 0;) {
-    const int index = leaf.first / line.tiles[leaf.tile].leaf;
-    if (new_pair) {
-      pair.tile = leaf.tile, pair.head = leaf.head;
-      pair.first_leaf = index;
-      worker.start_pair(line, leaf);
-    }
-    worker.start_leaf(line, leaf);
-    for (int page = WarpPages::first_page(leaf); page < leaf.end; page += kPagesAtOnce)
-      worker.step(line, leaf, page);
-    State<C> state;
-    worker.finish_leaf(s.meeting, leaf, state);
-
-    pages_left -= leaf.size();
-    if (leaf.ends_pair() && pair.first_leaf == 0) {
-      pair.finish(state);
-    } else {
-      pair.push(state, index);
-      if (leaf.ends_pair())
-        pair.leave_rest();
-      else if (pages_left == 0)
-        pair.first_leaf == 0 ? pair.collect(plan) : pair.leave_rest();
-    }
-    new_pair = leaf.ends_pair();
-    if (pages_left > 0) leaf.advance(line);
-  }
 }
 
 template <class C>

@@ -149,31 +149,32 @@ struct Stack {
     __syncwarp();  // read before the level is put again
     pending &= ~(1u << level);
   }
-  // state = what waits at `level` + state
-  __device__ __forceinline__ void merge_left(int level, State<C>& state) {
-    State<C> left;
-    take(level, left);
-    merge<C>(left, state);
-    state = left;
-  }
-  __device__ __forceinline__ void merge_all(State<C>& state) {
-    for (int level = 0; level < kLevels; ++level)
-      if (pending >> level & 1) merge_left(level, state);
+  // state = what waits at levels [begin, end) + state
+  __device__ __forceinline__ void merge_left(int begin, int end, State<C>& state) {
+#pragma unroll 1
+    for (int level = begin; level < end; ++level) {
+      if (!(pending >> level & 1)) continue;
+      State<C> left;
+      take(level, left);
+      merge<C>(left, state);
+      state = left;
+    }
   }
 };
 
 // A state on its way to another CTA. Every thread finds what its namesake stored, and word by word sees
 // whether it is there: no fence and no counter, which would be three trips to L2 where nothing hides them.
+// (Generic addresses: what a CTA keeps for itself lies in shared memory.)
 constexpr uint32_t kAbsent = 0xffffffffu;  // a NaN that no arithmetic makes
 
 __device__ __forceinline__ void store_relaxed(uint4* to, uint4 v) {
-  asm volatile("st.relaxed.gpu.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(v.x), "r"(v.y), "r"(v.z),
+  asm volatile("st.relaxed.gpu.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(v.x), "r"(v.y), "r"(v.z),
                "r"(v.w)
                : "memory");
 }
 __device__ __forceinline__ uint4 load_relaxed(const uint4* from) {
   uint4 v;
-  asm volatile("ld.relaxed.gpu.global.v4.b32 {%0, %1, %2, %3}, [%4];"
+  asm volatile("ld.relaxed.gpu.v4.b32 {%0, %1, %2, %3}, [%4];"
                : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
                : "l"(from)
                : "memory");
@@ -212,25 +213,28 @@ struct Parcel {
       absent |= v.x == kAbsent || v.y == kAbsent || v.z == kAbsent || v.w == kAbsent;
     return !absent;
   }
+
+  // To and from the thread's words of a Partial.
+  __device__ __forceinline__ void store(uint4* to) const {
+#pragma unroll
+    for (int i = 0; i < kWords; ++i) store_relaxed(to + i * C::kThreads, word[i]);
+  }
+  __device__ __forceinline__ void load(const uint4* from) {
+#pragma unroll
+    for (int i = 0; i < kWords; ++i) word[i] = load_relaxed(from + i * C::kThreads);
+  }
+  static __device__ __forceinline__ void clear(uint4* to) {  // for the next launch
+#pragma unroll
+    for (int i = 0; i < kWords; ++i)
+      store_relaxed(to + i * C::kThreads, {kAbsent, kAbsent, kAbsent, kAbsent});
+  }
 };
 
 template <class C>
 struct Partial {
   uint4 word[Parcel<C>::kWords][C::kThreads];
 
-  __device__ __forceinline__ void store(const Parcel<C>& parcel) {
-#pragma unroll
-    for (int i = 0; i < Parcel<C>::kWords; ++i) store_relaxed(&word[i][threadIdx.x], parcel.word[i]);
-  }
-  __device__ __forceinline__ void load(Parcel<C>& parcel) const {
-#pragma unroll
-    for (int i = 0; i < Parcel<C>::kWords; ++i) parcel.word[i] = load_relaxed(&word[i][threadIdx.x]);
-  }
-  __device__ __forceinline__ void clear() {  // for the next launch
-#pragma unroll
-    for (int i = 0; i < Parcel<C>::kWords; ++i)
-      store_relaxed(&word[i][threadIdx.x], {kAbsent, kAbsent, kAbsent, kAbsent});
-  }
+  __device__ __forceinline__ uint4* of_thread() { return &word[0][threadIdx.x]; }
 };
 
 }  // namespace nf::attn

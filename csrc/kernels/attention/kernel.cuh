@@ -73,6 +73,7 @@ struct Config {
   static constexpr int kSlotBytes = 32 * kHeadDim;
   static constexpr int kSlotTokens = kSlotBytes / kRowBytes;
   static constexpr int kUnitSlots = kStepTokens / kSlotTokens;  // a unit: K or V of a step
+  static constexpr int kPhases = 2 * kUnitSlots;                // slots of a step
   // The stack takes 20 or 41 KB: so two CTAs fit an SM, or one and the next linear.
   static constexpr int kRingBytes = (kTilesN == 1 ? 80 : 64) * 1024;
   static constexpr int kSlots = kRingBytes / kWarps / kSlotBytes;
@@ -117,7 +118,7 @@ struct Unit {
   }
 };
 
-// A warp's way through its pages of the CTA's leaves.
+// A warp's way through its pages of the CTA's leaves; starts before the first.
 struct WarpPages {
   const Line& line;
   Leaf leaf;
@@ -125,9 +126,7 @@ struct WarpPages {
   int pages_left;  // of the CTA's, from `leaf` on
 
   __device__ __forceinline__ WarpPages(const Line& line, const Leaf& first, int num_pages)
-      : line(line), leaf(first), page(first_page(first)), pages_left(num_pages) {
-    find();
-  }
+      : line(line), leaf(first), page(first_page(first) - kPagesAtOnce), pages_left(num_pages) {}
   static __device__ __forceinline__ int first_page(const Leaf& leaf) {
     return leaf.first + int(threadIdx.x) / (2 * kWarpSize);
   }
@@ -138,13 +137,8 @@ struct WarpPages {
   __device__ __forceinline__ bool done() const { return pages_left == 0; }
   __device__ __forceinline__ void advance() {
     page += kPagesAtOnce;
-    find();
-  }
-
- private:
-  __device__ __forceinline__ void find() {  // skips leaves that end before the warp's page
 #pragma unroll 1
-    while (page >= leaf.end) {
+    while (page >= leaf.end) {  // the leaf ends before the warp's page
       pages_left -= leaf.size();
       if (pages_left == 0) return;
       leaf.advance(line);
@@ -158,20 +152,15 @@ template <class C>
 struct Loader {
   const AttentionParams<typename C::Scalar>& p;
   WarpPages at;
-  uint32_t ring;    // shared address
   int64_t page_id;  // of `at`
   int offset;       // of this lane's first chunk of the warp's share, bytes from the page's beginning
   int num_valid;    // tokens of the share that are cached; the rest may be NaN
   int num_old;      // those that earlier steps have written
-  int slot = 0;     // the next to fill
-  int phase = 0;    // the slot's place in the step: of K's, then of V's
 
-  __device__ __forceinline__ Loader(const AttentionParams<typename C::Scalar>& p, uint32_t ring,
-                                    const WarpPages& begin)
-      : p(p), at(begin), ring(ring) {
-    start_page();
-  }
-  __device__ __forceinline__ void start_page() {
+  // Called once the slots of the page before are filled, or before the first: page_id takes its time.
+  __device__ __forceinline__ void next_page() {
+    if (at.done()) return;
+    at.advance();
     if (at.done()) return;
     const Tile& tile = at.line.tiles[at.leaf.tile];
     const int first = WarpPages::first_token(at.page);
@@ -181,22 +170,24 @@ struct Loader {
     num_old = tile.num_old() - first;
     num_valid = p.append.k != nullptr ? num_old : tile.length - first;
   }
-  __device__ __forceinline__ int token_in_share() const { return phase % C::kUnitSlots * C::kSlotTokens; }
-
-  // Does the next slot hold nothing that this step's kernels have yet to write?
-  __device__ __forceinline__ bool is_old() const {
-    return at.done() || p.append.k != nullptr || token_in_share() + C::kSlotTokens <= num_old;
+  // `phase`: the next slot's place in the step, of K's, then of V's.
+  static __device__ __forceinline__ int token_in_share(int phase) {
+    return phase % C::kUnitSlots * C::kSlotTokens;
   }
 
-  // Fills the next slot, or does nothing at the end; one group of copies either way.
-  __device__ __forceinline__ void issue() {
+  // Does the next slot hold nothing that this step's kernels have yet to write?
+  __device__ __forceinline__ bool is_old(int phase) const {
+    return at.done() || p.append.k != nullptr || token_in_share(phase) + C::kSlotTokens <= num_old;
+  }
+
+  // Fills the next slot, `to`, or nothing at the end; one group of copies either way.
+  __device__ __forceinline__ void fill(uint32_t to, int phase) {
     if (!at.done()) {
-      const int lane = threadIdx.x % kWarpSize, first = token_in_share();
+      const int lane = threadIdx.x % kWarpSize, first = token_in_share(phase);
       const bool is_v = phase >= C::kUnitSlots;
       const char* cache = static_cast<const char*>(is_v ? p.v_cache : p.k_cache);
       const int64_t page_bytes = (is_v ? p.v_page_stride : p.k_page_stride) * (C::kFp8 ? 1 : 2);
       const char* from = cache + page_id * page_bytes + offset + first * C::kRowBytes;
-      const uint32_t to = ring + uint32_t(slot * C::kSlotBytes);
       // The warp takes kRows tokens at a time. The permutation of token i * kRows + j is that of j, and of
       // i * kRows, which is a constant.
       constexpr int kRows = kWarpSize / C::kChunks;
@@ -209,12 +200,6 @@ struct Loader {
         ptx::copy_async(to + permuted + uint32_t(i * kRows * C::kRowBytes), from + i * kRows * C::kRowBytes,
                         first + i * kRows + row < num_valid);
       }
-      if (++phase == 2 * C::kUnitSlots) {
-        phase = 0;
-        at.advance();
-        start_page();
-      }
-      slot = slot + 1 == C::kSlots ? 0 : slot + 1;
     }
     ptx::commit_copies();
   }
@@ -287,10 +272,10 @@ struct Queries {
     for (int k = 0; k < C::kHeadDim / 16; ++k) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const float2 f = widen_pair<Scalar>(fragment[n][k][half]);
-        constexpr float kMaxHalf = 65504.0f;
-        fragment[n][k][half] = round_pair<__half>(
-            {fminf(fmaxf(f.x, -kMaxHalf), kMaxHalf), fminf(fmaxf(f.y, -kMaxHalf), kMaxHalf)});
+        const __half2 largest = __half2half2(__ushort_as_half(0x7bff));
+        const __half2 v = PairOf<__half>::round(widen_pair<Scalar>(fragment[n][k][half]));
+        const __half2 finite = __hmin2(__hmax2(v, __hneg2(largest)), largest);
+        memcpy(&fragment[n][k][half], &finite, sizeof(finite));
       }
     }
   }

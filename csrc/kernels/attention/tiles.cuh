@@ -110,6 +110,7 @@ __device__ __forceinline__ int build_tiles(Tile* tiles, int capacity, const int6
     return v;
   };
   int num_tiles = 0;
+#pragma unroll 1
   for (int base = 0; base < num_seqs; base += kWarpSize) {
     const int seq = base + lane;
     int first = 0, queries = 0, length = 0;
@@ -120,6 +121,7 @@ __device__ __forceinline__ int build_tiles(Tile* tiles, int capacity, const int6
       if (queries > most_queries) queries = 0;
     }
     const int mine = queries == 1 ? 1 : ceil_div(queries, queries_per_tile), sum = inclusive_sum(mine);
+#pragma unroll 1
     for (int i = 0, at = num_tiles + sum - mine; i < mine && at < capacity; ++i, ++at) {
       const int begin = i * queries_per_tile, end = min(begin + queries_per_tile, queries);
       tiles[at] = {.start_page = 0,
@@ -135,6 +137,7 @@ __device__ __forceinline__ int build_tiles(Tile* tiles, int capacity, const int6
   num_tiles = min(num_tiles, capacity);
   __syncwarp();  // the tiles are written
   int start = 0;
+#pragma unroll 1
   for (int base = 0; base < num_tiles; base += kWarpSize) {
     const int tile = base + lane;
     // A tile that sees nothing gets one page, all masked, so that its zeros are written.
