@@ -131,7 +131,8 @@ struct Bench {
                             .weight_scale_per_row = false,
                             .out_type = nf::OutType::kBfloat16,
                             .epilogue = nf::Epilogue::kStore,
-                            .schedule = nf::make_linear_schedule(num_rows, kHidden, 1, num_sms)},
+                            .schedule = nf::make_linear_schedule(num_rows, kHidden, 1, num_sms),
+                            .num_sms = num_sms},
                            stream);
   }
 
@@ -150,7 +151,7 @@ struct Bench {
                  }) /
                  launches;
     }
-    if (c.S <= 64) {
+    if (c.S <= 256) {
       const auto blocks = [&](int kind) {
         return time_us([&] {
                  for (int i = 0; i < kBlocks; ++i) {
