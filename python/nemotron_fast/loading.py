@@ -85,6 +85,7 @@ def load_model(
             weights = load_weights(folder, config, quant, progress=lambda done, _: update(done, 0), **options)
     if device.type == "cuda":
         weights = pack_weights(weights)
+        torch.cuda.empty_cache()  # what packing took is for the KV cache
     return LoadedModel(config, weights, tokenizer, defaults, dtype_name, quant is not None and quant.kv_cache_fp8)
 
 

@@ -73,6 +73,21 @@ def test_a_sequence_has_the_same_bits_alone_and_in_a_batch(options):
             assert [e.logprob for e in crowd.logprobs] == [e.logprob for e in alone.logprobs]
 
 
+@pytest.mark.parametrize("cached", [64, 192, 320])
+def test_a_cached_beginning_changes_nothing(cached, options):
+    """Other kernels compute what is left of the prompt: those of few or of many tokens, of decoding or of prompts."""
+    params = SamplingParams(max_tokens=24, temperature=0, logprobs=5)
+    with LLM(**options, device="cuda") as llm:
+        prompt = llm.tokenizer.encode(PROMPTS[3] * 3)[:330]
+        want = llm.generate(prompt, params)[0]
+        assert llm.metrics().prefix_hit_rate == 0
+    with LLM(**options, device="cuda") as llm:
+        llm.generate(prompt[: cached + 1], SamplingParams(max_tokens=1, temperature=0))
+        found = llm.generate(prompt, params)[0]
+        assert llm.metrics().prefix_hit_rate == pytest.approx(cached / (cached + 1 + len(prompt)))
+    assert_same_but_for_near_ties(found.outputs[0], want.outputs[0])
+
+
 @pytest.mark.parametrize("kv_dtype", ["bfloat16", "fp8"])
 def test_graphs_and_decode_attention_change_nothing(kv_dtype, options, monkeypatch):
     """5 sequences run in 8 rows of a graph: three pad."""
