@@ -149,13 +149,14 @@ def provenance(device: torch.device) -> dict[str, Any]:
 
 
 def _command(argv: list[str]) -> str:
-    """As it was typed, but for where Python and the package lie."""
+    """As it was typed, but for where Python, the package and files that are named from the root lie."""
     script = Path(argv[0])
+    arguments = [Path(argument).name if argument.startswith("/") else argument for argument in argv[1:]]
     if script.name == "__main__.py":
-        return " ".join(["python3 -m", script.parent.name, *argv[1:]])
+        return " ".join(["python3 -m", script.parent.name, *arguments])
     if script.is_absolute():  # installed
-        return " ".join([script.name, *argv[1:]])
-    return " ".join(["python3", *argv])
+        return " ".join([script.name, *arguments])
+    return " ".join(["python3", argv[0], *arguments])
 
 
 def device_name(device: torch.device) -> str:
