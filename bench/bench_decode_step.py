@@ -215,7 +215,9 @@ def main() -> None:
     parser.add_argument("--batch", default="1,8,32,64", help="batch sizes (default %(default)s)")
     parser.add_argument("--context", default="1024", help="tokens in the cache per sequence (default %(default)s)")
     parser.add_argument("--quantize", default="fp8", help="fp8 or fp8-static (default %(default)s)")
-    parser.add_argument("--random-weights", default="normal", help="normal, or dummy as vLLM's (default %(default)s)")
+    parser.add_argument(
+        "--random-weights", choices=("normal", "dummy"), default="normal", help="dummy: as vLLM's (default %(default)s)"
+    )
     parser.add_argument("--kv-dtype", default="fp8", help="type of the KV cache (default %(default)s)")
     parser.add_argument("--steps", type=int, default=24, help="engine steps to time (default %(default)s)")
     parser.add_argument("--beside", type=int, default=0, metavar="N", help="tokens of a prompt computed beside")

@@ -17,6 +17,7 @@ from nemotron_fast.metrics import Metrics
 from nemotron_fast.outputs import Delta, Result
 from nemotron_fast.progress import progress_bar
 from nemotron_fast.prompts import Message, Prompt, as_list, per_prompt, token_ids
+from nemotron_fast.random_weights import NORMAL
 from nemotron_fast.sampling_params import SamplingParams
 from nemotron_fast.sequence_text import make_result
 from nemotron_fast.text_engine import TextEngine, drain, is_drained
@@ -87,7 +88,7 @@ class LLM:
             device=where,
             dtype=dtype,
             quantize=quantize,
-            random=random_weights,
+            random=NORMAL if random_weights is True else random_weights or None,
             use_defaults=generation_config == "auto",
         )
         config = loaded.config

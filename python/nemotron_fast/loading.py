@@ -19,7 +19,7 @@ from nemotron_fast.models import resolve_model
 from nemotron_fast.packed_weights import pack_weights
 from nemotron_fast.progress import progress_bar
 from nemotron_fast.quant_config import FP8_STATIC, MODELOPT_FP8, parse_quant_config, read_quant_config
-from nemotron_fast.random_weights import NORMAL, random_weights
+from nemotron_fast.random_weights import random_weights
 from nemotron_fast.tokenizer import Tokenizer
 from nemotron_fast.weights import ModelWeights, load_weights
 
@@ -42,20 +42,20 @@ def load_model(
     device: torch.device,
     dtype: str,
     quantize: str | None,
-    random: bool | str = False,
+    random: str | None = None,
     use_defaults: bool = True,
 ) -> LoadedModel:
     """Read a checkpoint; the small files first, so that what is wrong is known before the weights are touched.
 
-    With `random` (True or the values of random_weights.py) the weights are random, in the types that the config or
+    With `random`, which values of random_weights.py, the weights are random, in the types that the config or
     `quantize` names, and `model` may be a bare config.json. Without `use_defaults` only the end-of-sequence ids of
     generation_config.json count.
 
     Raises:
         CheckpointError, ConfigError, CapacityError, RequestError.
     """
-    _check_quantize(quantize, bool(random))
-    is_file = bool(random) and Path(model).is_file()
+    _check_quantize(quantize, random is not None)
+    is_file = random is not None and Path(model).is_file()
     folder = Path(model).parent if is_file else resolve_model(model)
     config = ModelConfig.from_path(model if is_file else folder)
     torch_dtype = resolve_dtype(dtype, config.dtype, DTYPES, "dtype")
@@ -78,8 +78,8 @@ def load_model(
     if device.type == "cuda" and torch_dtype != torch.bfloat16:
         raise RequestError(f"dtype={dtype_name!r} on a GPU, want 'bfloat16': the kernels compute in it")
     options = {"device": device, "dtype": torch_dtype, "quantize": quantize}
-    if random:
-        weights = random_weights(config, quant, values=NORMAL if random is True else random, **options)
+    if random is not None:
+        weights = random_weights(config, quant, values=random, **options)
     else:
         with progress_bar("loading", needed, show=sys.stderr.isatty() and needed > LONG_LOAD_BYTES) as update:
             weights = load_weights(folder, config, quant, progress=lambda done, _: update(done, 0), **options)

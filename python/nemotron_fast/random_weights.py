@@ -53,34 +53,35 @@ def random_weights(
         scheme = scheme_of(quant, param, param.pieces[0])
         if scheme is None and quantize == "fp8" and param.kind == "linear":
             scheme = PER_TOKEN
-        loaded[param.name] = _make(param, generator, dtype, scheme, values == DUMMY)
+        loaded[param.name] = _make(param, generator, dtype, scheme, values)
     return assemble(config, loaded, lambda layer, which: 1.0)
 
 
 def _make(
-    param: Param, generator: torch.Generator, dtype: torch.dtype, scheme: Fp8Scheme | None, dummy: bool
+    param: Param, generator: torch.Generator, dtype: torch.dtype, scheme: Fp8Scheme | None, values: str
 ) -> LinearWeight:
     device = generator.device
     if param.kind == "norm":
         return LinearWeight(torch.ones(param.shape, dtype=dtype, device=device))
     deviation = 1.0 if param.kind == "embed" else param.shape[1] ** -0.5
     if scheme is None:
-        return LinearWeight(_matrix(param, generator, dtype, None if dummy else deviation))
+        return LinearWeight(_matrix(param, generator, dtype, values, deviation))
     num_scales = 1 if scheme.weight == "tensor" else param.shape[0]
     scale = torch.full((num_scales,), deviation, dtype=torch.float32, device=device)
     input_scale = None
     if scheme.activation == "static":
         input_scale = torch.full((1,), INPUT_SCALE, dtype=torch.float32, device=device)
-    return LinearWeight(_matrix(param, generator, FP8, None if dummy else 1.0), scale, input_scale)
+    return LinearWeight(_matrix(param, generator, FP8, values, 1.0), scale, input_scale)
 
 
-def _matrix(param: Param, generator: torch.Generator, dtype: torch.dtype, deviation: float | None) -> Tensor:
-    """Normal, or without a deviation dummy values."""
+def _matrix(param: Param, generator: torch.Generator, dtype: torch.dtype, values: str, deviation: float) -> Tensor:
+    """`deviation`: of normal values."""
     out = torch.empty(param.shape, dtype=dtype, device=generator.device)
     rows = max(1, CHUNK_ELEMENTS // param.shape[1]) if param.shape[1] else len(out)
+    chunk = torch.empty((min(rows, len(out)), *param.shape[1:]), dtype=torch.float32, device=out.device)
     for part in out.split(rows):
-        made = torch.empty(part.shape, dtype=torch.float32, device=part.device)
-        if deviation is None:
+        made = chunk[: len(part)]
+        if values == DUMMY:
             made.uniform_(-DUMMY_LIMIT, DUMMY_LIMIT, generator=generator)
         else:
             made.normal_(std=deviation, generator=generator)

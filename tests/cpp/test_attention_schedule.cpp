@@ -4,7 +4,9 @@
 // of the pages in it and merging hashes two values, so that equal results mean equal trees: the same with 1
 // and with 528 CTAs, alone and in a batch.
 #include <algorithm>
+#include <functional>
 #include <map>
+#include <optional>
 #include <random>
 #include <vector>
 
@@ -45,16 +47,18 @@ struct Emulation {
       return v;
     }
   };
-  std::map<std::pair<int, int>, Hash> partials;  // (CTA, index)
-  std::vector<Hash> results;                     // of each pair
-  std::vector<int64_t> pages_done;               // of each CTA
+  // (CTA, index): in memory, of a CTA's first pair; and in an owner's ring, of its last.
+  std::map<std::pair<int, int>, Hash> partials, own;
+  std::vector<Hash> results;        // of each pair
+  std::vector<int64_t> pages_done;  // of each CTA
 
   // All that is on the stack.
-  void leave(Stack* stack, int cta, int* num_left) {
+  void leave(Stack* stack, int cta, bool is_owner, int* num_left) {
     for (int level = kLevels - 1; level >= 0; --level) {
       if (!(stack->pending >> level & 1)) continue;
-      EXPECT_EQ(*num_left < kPartialsPerCta, true);
-      EXPECT_EQ(partials.emplace(std::pair(cta, (*num_left)++), stack->take(level)).second, true);
+      EXPECT_EQ(*num_left < (is_owner ? kLevels : kPartialsPerCta), true);
+      auto& to = is_owner ? own : partials;
+      EXPECT_EQ(to.emplace(std::pair(cta, (*num_left)++), stack->take(level)).second, true);
     }
   }
 
@@ -63,16 +67,28 @@ struct Emulation {
     for (int n : pages) W += int64_t(n) * num_kv_heads;
     pages_done.assign(num_ctas, 0);
     int64_t begin = 0;
+    std::vector<std::function<void()>> collections;  // after all that CTAs leave, as late as can be
     for (size_t tile = 0; tile < pages.size(); ++tile) {
       const int leaf_size = leaf_pages(pages[tile], leaves_wanted(num_kv_heads)),
                 num_leaves = ceil_div(pages[tile], leaf_size);
       EXPECT_EQ(num_leaves <= kMaxLeaves, true);
       for (int head = 0; head < num_kv_heads; ++head, begin += pages[tile])
-        results.push_back(run_pair(int(tile), begin, W, leaf_size, num_leaves));
+        if (const auto result = run_pair(int(tile), begin, W, leaf_size, num_leaves)) {
+          results.push_back(*result);
+        } else {
+          collections.push_back([=, this, pair = results.size()] {
+            results[pair] =
+                collect([&](int leaf) { return owner_of(begin + int64_t(leaf) * leaf_size, W, num_ctas); },
+                        num_leaves);
+          });
+          results.push_back(0);
+        }
     }
+    for (const auto& collect_one : collections) collect_one();
   }
 
-  Hash run_pair(int tile, int64_t begin, int64_t W, int leaf_size, int num_leaves) {
+  // Nothing where CTAs share the pair.
+  std::optional<Hash> run_pair(int tile, int64_t begin, int64_t W, int leaf_size, int num_leaves) {
     const auto cta_of = [&](int leaf) { return owner_of(begin + int64_t(leaf) * leaf_size, W, num_ctas); };
     const auto value_of = [&](int leaf) { return Hash(tile) << 40 | Hash(leaf) << 20 | Hash(leaf_size); };
     for (int leaf = 0; leaf < num_leaves; ++leaf) {
@@ -94,13 +110,12 @@ struct Emulation {
         if (leaf + 1 == num_leaves && first == 0) return stack.merge_all(value);
         if (plan.leaves) EXPECT_EQ(stack.pending, 0u);
         stack.put(plan.merged_level, value);
-        if (plan.leaves) leave(&stack, cta, &num_left);
+        if (plan.leaves) leave(&stack, cta, first == 0, &num_left);
       }
-      leave(&stack, cta, &num_left);
-      if (first == 0) EXPECT_EQ(num_left <= kLevels, true);  // these are in the owner's ring
+      leave(&stack, cta, first == 0, &num_left);
       first = last + 1;
     }
-    return collect(cta_of, num_leaves);
+    return std::nullopt;
   }
 
   // The owner, as Pair::collect: what a lane of the warp finds out about its leaf, then a batch's part of the
@@ -120,10 +135,11 @@ struct Emulation {
     const auto subtree_of = [&](int leaf) {
       int first = leaf, ordinal = 0;
       while (first > 0 && cta_of(first - 1) == cta_of(leaf)) ordinal += is_start(--first);
-      const auto found = partials.find({cta_of(leaf), ordinal});
-      EXPECT_EQ(found != partials.end(), true);
+      auto& from = cta_of(leaf) == cta_of(0) ? own : partials;
+      const auto found = from.find({cta_of(leaf), ordinal});
+      EXPECT_EQ(found != from.end(), true);
       const Hash value = found->second;
-      partials.erase(found);
+      from.erase(found);
       return value;
     };
     const auto any_start_from = [&](int leaf) {
@@ -153,9 +169,9 @@ struct Emulation {
 };
 
 std::vector<Hash> results_of(const std::vector<int>& pages, int num_kv_heads, int num_ctas) {
-  Emulation e{pages, num_kv_heads, num_ctas, num_ctas % 2 + 2, {}, {}, {}};
+  Emulation e{pages, num_kv_heads, num_ctas, num_ctas % 2 + 2, {}, {}, {}, {}};
   e.run();
-  EXPECT_EQ(e.partials.size(), 0u);  // what was left was read
+  EXPECT_EQ(e.partials.size() + e.own.size(), 0u);  // what was left was read
   int64_t W = 0, longest = 0;
   for (int n : pages) {
     W += int64_t(n) * num_kv_heads;

@@ -14,6 +14,7 @@ from nemotron_fast.testing import timing
         (["/somewhere/bin/nemotron-fast", "bench", "latency"], "nemotron-fast bench latency"),
         (["/somewhere/nemotron_fast/__main__.py", "doctor"], "python3 -m nemotron_fast doctor"),
         (["bench/bench_norm.py", "--out", "/somewhere/out/norm.json"], "python3 bench/bench_norm.py --out norm.json"),
+        (["bench/bench_norm.py", "--out=/somewhere/norm.json"], "python3 bench/bench_norm.py --out=norm.json"),
     ],
 )
 def test_command_can_be_repeated_elsewhere(argv, command, monkeypatch):

@@ -39,7 +39,7 @@ __device__ __forceinline__ int part_of_cta(const LaunchConfig& config) {
   return last - (cta < half ? 2 * cta : 2 * (cta - half) + 1);
 }
 
-// What an owner must know of the other CTAs' subtrees: lane i of each warp looks at leaf i.
+// What an owner must know of all CTAs' subtrees: lane i of each warp looks at leaf i.
 struct Plan {
   int num_leaves;
   int part;         // whose leaf i is; past the end as for the last
@@ -134,6 +134,7 @@ struct Pair {
       }
       if (p.out_scale == nullptr) continue;
       const float out_scale = *p.out_scale;
+      static_assert(C::kParts <= 2);  // the loop's second turn is its last
 #pragma unroll 1
       for (int i = 0; i < C::kParts; ++i) {  // rolled: divisions are long
         const uint32_t low = divide_to_e4m3(widen_pair<Scalar>(rounded[0].x), out_scale),

@@ -164,7 +164,7 @@ struct Loader {
     if (at.done()) return;
     const Tile& tile = at.line.tiles[at.leaf.tile];
     const int first = WarpPages::first_token(at.page);
-    page_id = p.page_table[tile.seq * p.page_table_stride + at.page];  // not used before the next issue()
+    page_id = p.page_table[tile.seq * p.page_table_stride + at.page];  // not used before the next fill()
     offset =
         (at.leaf.head * kPageSize + first % kPageSize) * C::kRowBytes + int(threadIdx.x) % kWarpSize * 16;
     num_old = tile.num_old() - first;

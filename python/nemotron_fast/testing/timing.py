@@ -15,6 +15,7 @@ import json
 import math
 import os
 import platform
+import re
 import statistics
 import subprocess
 import sys
@@ -151,7 +152,7 @@ def provenance(device: torch.device) -> dict[str, Any]:
 def _command(argv: list[str]) -> str:
     """As it was typed, but for where Python, the package and files that are named from the root lie."""
     script = Path(argv[0])
-    arguments = [Path(argument).name if argument.startswith("/") else argument for argument in argv[1:]]
+    arguments = [re.sub(r"(^|=)/.*/", r"\1", argument) for argument in argv[1:]]
     if script.name == "__main__.py":
         return " ".join(["python3 -m", script.parent.name, *arguments])
     if script.is_absolute():  # installed
