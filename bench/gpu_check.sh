@@ -64,32 +64,29 @@ sanitize() {  # all at once: a sanitizer leaves most of the GPU idle
 }
 
 model_benches() {  # the README's figures of Super-49B
-  local model=(--device cuda --model tests/configs/super-49b-v1.json --quantize fp8-static --random-weights)
-  local decode=("$PYTHON" bench/bench_decode_step.py --quantize fp8-static)
+  figures_of normal ""
+  figures_of dummy _dummy # weights like those of vLLM's figures
+}
+
+figures_of() {  # figures_of <values of --random-weights> <suffix of the records' names>
+  local suffix=$2
+  local model=(--device cuda --model tests/configs/super-49b-v1.json --quantize fp8-static --random-weights "$1")
+  local decode=("$PYTHON" bench/bench_decode_step.py --quantize fp8-static --random-weights "$1")
   local bench=("$PYTHON" -m nemotron_fast bench)
   local throughput=("${bench[@]}" throughput "${model[@]}" --kv-dtype fp8 --max-num-seqs 256 --max-model-len 2304)
-  step 90 decode_128 "${decode[@]}" --batch 1,8,32,64 --context 128 --out "$OUT/decode_step.json"
-  step 90 decode_1024 "${decode[@]}" --batch 64,128 --context 1024 --out "$OUT/decode_step_1024.json"
-  step 90 decode_640 "${decode[@]}" --batch 195,256 --context 640 --out "$OUT/decode_step_640.json"
-  step 90 beside "${decode[@]}" --batch 16 --context 128 --beside 32768 --out "$OUT/decode_beside_prompt.json"
-  step 90 latency "${bench[@]}" latency "${model[@]}" --max-model-len 4096 --batch 1,8,32,64 --out "$OUT/latency.json"
-  step 90 ttft "${bench[@]}" latency "${model[@]}" --max-model-len 9216 --batch 1 --input-len 512,2048,8192 \
-    --output-len 4 --out "$OUT/ttft.json"
-  step 120 long_outputs "${throughput[@]}" --num-prompts 320 --input-len 128 --output-len 1024 \
-    --out "$OUT/throughput.json"
-  step 120 long_prompts "${throughput[@]}" --num-prompts 160 --input-len 2048 --output-len 128 \
-    --out "$OUT/throughput_long_prompts.json"
-  # on weights like those of vLLM's figures
-  decode+=(--random-weights dummy --kernels 0) model+=(dummy)
-  throughput=("${bench[@]}" throughput "${model[@]}" --kv-dtype fp8 --max-num-seqs 256 --max-model-len 2304)
-  step 90 dummy_1024 "${decode[@]}" --batch 64,128 --context 1024 --out "$OUT/decode_step_dummy_1024.json"
-  step 90 dummy_640 "${decode[@]}" --batch 195,256 --context 640 --out "$OUT/decode_step_dummy_640.json"
-  step 90 dummy_ttft "${bench[@]}" latency "${model[@]}" --max-model-len 9216 --batch 1 --input-len 512,2048,8192 \
-    --output-len 4 --out "$OUT/ttft_dummy.json"
-  step 120 dummy_long_outputs "${throughput[@]}" --num-prompts 320 --input-len 128 --output-len 1024 \
-    --out "$OUT/throughput_dummy.json"
-  step 120 dummy_long_prompts "${throughput[@]}" --num-prompts 160 --input-len 2048 --output-len 128 \
-    --out "$OUT/throughput_dummy_long_prompts.json"
+  if [ "$1" = normal ]; then
+    step 90 decode_128 "${decode[@]}" --batch 1,8,32,64 --context 128 --out "$OUT/decode_step.json"
+    step 90 beside "${decode[@]}" --batch 16 --context 128 --beside 32768 --out "$OUT/decode_beside_prompt.json"
+    step 90 latency "${bench[@]}" latency "${model[@]}" --max-model-len 4096 --batch 1,8,32,64 --out "$OUT/latency.json"
+  fi
+  step 90 "decode_1024$suffix" "${decode[@]}" --batch 64,128 --context 1024 --out "$OUT/decode_step${suffix}_1024.json"
+  step 90 "decode_640$suffix" "${decode[@]}" --batch 195,256 --context 640 --out "$OUT/decode_step${suffix}_640.json"
+  step 90 "ttft$suffix" "${bench[@]}" latency "${model[@]}" --max-model-len 9216 --batch 1 \
+    --input-len 512,2048,8192 --output-len 4 --out "$OUT/ttft$suffix.json"
+  step 120 "long_outputs$suffix" "${throughput[@]}" --num-prompts 320 --input-len 128 --output-len 1024 \
+    --out "$OUT/throughput$suffix.json"
+  step 120 "long_prompts$suffix" "${throughput[@]}" --num-prompts 160 --input-len 2048 --output-len 128 \
+    --out "$OUT/throughput${suffix}_long_prompts.json"
 }
 
 run_benches() {

@@ -137,8 +137,8 @@ struct TileOutput {
     }
   }
 
-  // Stores what is first. The rest moves to the front, so that the same code stores it: unrolled for every
-  // piece, in each of its places, it would not fit in the instruction cache.
+  // Stores what is first. The rest moves to the front, so that the same code stores it. (Unrolled for every
+  // piece, in each of its places, the GEMM for 256 tokens had 285 KB of machine code, and was slower.)
   __device__ __forceinline__ void store_piece(int thread) {
     Staging& to = staging[buffer];
     if constexpr (C::kStagings == 1)
