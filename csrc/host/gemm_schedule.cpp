@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "host/gemm_schedule.h"
 
+#include <algorithm>
 #include <climits>
 #include <string>
 
@@ -8,9 +9,9 @@
 
 namespace nf {
 
-GemmSchedule make_gemm_schedule(int num_blocks, int num_tokens, int num_ctas, int tile_tokens) {
+GemmSchedule make_gemm_schedule(int num_blocks, int num_tokens, int max_ctas, int tile_tokens) {
   NF_CHECK(num_blocks > 0, std::to_string(num_blocks));
-  NF_CHECK(num_ctas > 0, std::to_string(num_ctas));
+  NF_CHECK(max_ctas > 0, std::to_string(max_ctas));
   NF_CHECK(num_tokens > 0, std::to_string(num_tokens));
   NF_CHECK(tile_tokens > 0 && tile_tokens % 2 == 0, std::to_string(tile_tokens));
   const int rest = num_tokens % tile_tokens;
@@ -19,14 +20,21 @@ GemmSchedule make_gemm_schedule(int num_blocks, int num_tokens, int num_ctas, in
   NF_CHECK(2 * num_blocks * (num_columns + 1) <= INT_MAX, "T=" + std::to_string(num_tokens));
 
   const int num_full = int(num_blocks * num_columns), num_half = has_half_column ? num_blocks : 0;
-  const int num_last = num_full % num_ctas;
-  GemmSchedule whole{.num_ctas = num_ctas,
+  GemmSchedule whole{.num_ctas = max_ctas,
                      .num_blocks = num_blocks,
                      .num_columns = int(num_columns),
                      .num_full = num_full,
                      .num_tiles = num_full + num_half,
-                     .tile_tokens = tile_tokens},
-      cut = whole;
+                     .tile_tokens = tile_tokens,
+                     .max_stages = INT_MAX};
+  if (num_tokens <= std::min(tile_tokens, kMaxReadBoundTokens) && num_full > max_ctas) {
+    const int rounds = (num_full + max_ctas - 1) / max_ctas;
+    whole.num_ctas = (num_full + rounds - 1) / rounds;
+    whole.max_stages = kReadBoundStages;
+    return whole;
+  }
+  GemmSchedule cut = whole;
+  const int num_last = num_full % max_ctas;
   cut.num_full -= num_last, cut.num_tiles += num_last;
   return cut.rounds() < whole.rounds() ? cut : whole;
 }

@@ -181,12 +181,13 @@ void test_workspace_and_tokens() {
 void check_gemm_tiles(int ctas, int tokens, int blocks, int tile_tokens) {
   const nf::GemmSchedule s = nf::make_gemm_schedule(blocks, tokens, ctas, tile_tokens);
   const int half = tile_tokens / 2, halves = (tokens + half - 1) / half;
-  std::vector<int> hits(blocks * halves + blocks), cost(ctas);
+  EXPECT_EQ(s.num_ctas > 0 && s.num_ctas <= ctas, true);
+  std::vector<int> hits(blocks * halves + blocks), cost(s.num_ctas);
   for (int i = 0; i < s.num_tiles; ++i) {
     const nf::GemmTile tile = s.tile(i);
     EXPECT_EQ(tile.block >= 0 && tile.block < blocks, true);
     EXPECT_EQ(tile.token % half == 0 && tile.token >= 0 && tile.token < tokens, true);
-    cost[i % ctas] += tile.num_halves;
+    cost[i % s.num_ctas] += tile.num_halves;
     for (int h = 0; h < tile.num_halves; ++h) ++hits.at(tile.block * halves + tile.token / half + h);
   }
   EXPECT_EQ(std::count(hits.begin(), hits.end(), 1), std::ptrdiff_t(blocks) * halves);
@@ -202,6 +203,15 @@ void test_gemm_tiles() {
   EXPECT_EQ(nf::make_gemm_schedule(88, 2048, 132, 256).rounds(), 11);  // 5 rounds of full tiles, 1 of halves
   EXPECT_EQ(nf::make_gemm_schedule(64, 256, 132, 256).rounds(), 1);
   EXPECT_EQ(nf::make_gemm_schedule(448, 256, 132, 256).rounds(), 7);
+  // Few tokens: CTAs with equally many tiles, which are not cut.
+  for (auto [blocks, ctas] : {std::array{448, 112}, {133, 67}, {1002, 126}, {132, 132}, {64, 132}}) {
+    const nf::GemmSchedule s = nf::make_gemm_schedule(blocks, 192, 132, 192);
+    EXPECT_EQ(s.num_ctas, ctas);
+    EXPECT_EQ(s.max_stages == nf::kReadBoundStages, blocks > 132);
+    EXPECT_EQ(s.num_full == blocks, blocks > 64);
+  }
+  EXPECT_EQ(nf::make_gemm_schedule(448, 193, 132, 224).num_ctas, 132);
+  EXPECT_EQ(nf::make_gemm_schedule(448, 192, 132, 160).num_ctas, 132);
   for (int tokens = 1; tokens <= 256; ++tokens)
     EXPECT_EQ(nf::gemm_tile_tokens(tokens), std::max(96, (tokens + 31) / 32 * 32));
   EXPECT_EQ(nf::gemm_tile_tokens(300), 160);

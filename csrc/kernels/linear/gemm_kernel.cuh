@@ -2,12 +2,14 @@
 // The linear of many tokens, tensor-core bound: 2 T N K operations. Weight rows are wgmma's M, as in
 // packed_linear_kernel.cuh, and the packed weights are the same.
 //
-// Grid: one CTA per SM, which stays for the whole launch (gemm_schedule.h says what each computes). A tile is
+// Grid: one CTA on each SM or fewer, which stays for the whole launch (gemm_schedule.h says what each computes). A tile is
 // 128 rows x up to 256 tokens. A producer thread fills the ring, two warpgroups multiply 64 rows x all tokens
 // each.
 //
 // Clusters of two CTAs that load activations for each other were no faster on an H100, at 128 to 2,048 tokens.
 #pragma once
+
+#include <algorithm>
 
 #include "host/gemm_schedule.h"
 #include "kernels/common/check.h"
@@ -32,7 +34,9 @@ struct GemmConfig {
   static constexpr int kHalfTokens = kTokens / 2;
   static constexpr int kHalfBytes = kHalfTokens * kTileRowBytes;  // of a k tile of activations
   static constexpr int kStageBytes = kBlockTileBytes + kTokens * kTileRowBytes;
-  static constexpr int kStages = 204 * 1024 / kStageBytes;
+  // More stages would fit beside narrow tiles, but make all linears of a step slower (by 1-2 % for 96 and 128
+  // tokens on an H100).
+  static constexpr int kStages = std::min(204 * 1024 / kStageBytes, 5);
   static constexpr int kStagings = 2;
   static_assert(kTokens % kTileTokensStep == 0 && kHalfTokens % kBoxTokens == 0);
 
@@ -62,12 +66,12 @@ struct GemmSmem {
   alignas(8) uint64_t full[C::kStages], empty[C::kStages];
 };
 
-template <class C>
 struct GemmRing {
+  const int num_stages;
   int stage = 0;
   uint32_t parity = 0;
   __device__ __forceinline__ void advance() {
-    if (++stage == C::kStages) stage = 0, parity ^= 1;
+    if (++stage == num_stages) stage = 0, parity ^= 1;
   }
 };
 
@@ -91,7 +95,7 @@ struct GemmProducer {
   const CUtensorMap &x_map, &out_map;
   const PackedLinearParams& p;
   const GemmSchedule& schedule;
-  const int k_tiles;
+  const int k_tiles, num_stages;
   const uint64_t read_once = ptx::evict_first_policy(), read_again = ptx::evict_normal_policy();
 
   __device__ __forceinline__ void init_barriers() {
@@ -120,12 +124,12 @@ struct GemmProducer {
   __device__ __forceinline__ void run() {
     if (int(blockIdx.x) >= schedule.num_tiles) return;
     GemmTile tile = schedule.tile(blockIdx.x);
-    const int num_early = min(C::kStages, k_tiles);  // weights depend on no other kernel
+    const int num_early = min(num_stages, k_tiles);  // weights depend on no other kernel
     for (int k = 0; k < num_early; ++k) load_weight(k, tile, k);
     let_successor_start();
     wait_for_predecessor();  // x is its result
     for (int k = 0; k < num_early; ++k) load_x(k, tile, k);
-    GemmRing<C> ring;
+    GemmRing ring{num_stages};
     for (int k = 0; k < num_early; ++k) ring.advance();
     ring.parity ^= 1;  // the first wait is for the first release
     for (int i = blockIdx.x, k = num_early;;) {
@@ -146,7 +150,7 @@ template <class C>
 struct Multiplier {
   GemmSmem<C>& s;
   const int warpgroup, thread;  // in the warpgroup
-  GemmRing<C> ring;
+  GemmRing ring;
 
   // The stage may be filled again once all warps have read it.
   __device__ __forceinline__ void release(int stage) {
@@ -257,7 +261,8 @@ __global__ void __launch_bounds__(kThreads, 1)
   auto& s = *reinterpret_cast<GemmSmem<C>*>(s_bytes);
   const int warp = uniform(threadIdx.x / kWarpSize);
   const bool is_producer = threadIdx.x == kConsumerWarps * kWarpSize;
-  GemmProducer<C> producer{s, x_map, out_map, p, schedule, k_tiles};
+  const int num_stages = min(C::kStages, schedule.max_stages);
+  GemmProducer<C> producer{s, x_map, out_map, p, schedule, k_tiles, num_stages};
   if (is_producer) producer.init_barriers();
   __syncthreads();  // the barriers exist
 
@@ -270,7 +275,7 @@ __global__ void __launch_bounds__(kThreads, 1)
                     k_tiles,
                     warpgroup,
                     thread,
-                    {s, warpgroup, thread, {}},
+                    {s, warpgroup, thread, {num_stages}},
                     {p, out_map, s.staging[warpgroup], s.out_scale[warpgroup], kFirstWarpgroup + warpgroup}}
         .run(schedule);
   } else {
@@ -291,10 +296,12 @@ void launch_gemm_of(const PackedLinearParams& p, cudaStream_t stream) {
   const CUtensorMap x_map = ptx::swizzled_rows_map(p.x, p.num_tokens, int64_t(p.num_cols) * kElementBytes,
                                                    p.x_stride * kElementBytes, C::kHalfTokens, kElementBytes);
   const PackedShape shape = packed_shape(p.num_rows, p.num_cols, kElementBytes);
-  launch<kKernel>(
-      {.ctas = dim3(unsigned(p.num_sms)), .threads = kThreads, .smem_bytes = int(sizeof(GemmSmem<C>))},
-      stream, x_map, out_map(p), p,
-      make_gemm_schedule(int(shape.num_blocks()), p.num_tokens, p.num_sms, C::kTokens), int(shape.k_tiles()));
+  const GemmSchedule schedule =
+      make_gemm_schedule(int(shape.num_blocks()), p.num_tokens, p.num_sms, C::kTokens);
+  launch<kKernel>({.ctas = dim3(unsigned(schedule.num_ctas)),
+                   .threads = kThreads,
+                   .smem_bytes = int(sizeof(GemmSmem<C>))},
+                  stream, x_map, out_map(p), p, schedule, int(shape.k_tiles()));
 }
 
 template <class Element>
