@@ -221,30 +221,40 @@ struct GemmConsumer {
   TileOutput<C> output;
 
   template <int kHalves>
-  __device__ __forceinline__ void make(int token, int row, const TileScales<C>& scales) {
+  __device__ __forceinline__ void make(const GemmTile& tile, const TileScales<C>& scales, bool rehearses) {
     Accumulators<C> r_acc;
-    multiplier.template multiply<kHalves>(r_acc, k_tiles, output);
+    if (!rehearses) multiplier.template multiply<kHalves>(r_acc, k_tiles, output);
     ptx::wait_for_copies<0>();
     ptx::barrier_sync(output.barrier, kWarpgroupThreads);  // the scales are there
-    output.template take<kHalves>(r_acc, scales, row, token, here(thread));
+    output.template take<kHalves>(r_acc, scales, first_row(tile), rehearses ? p.num_tokens : tile.token,
+                                  here(thread));
   }
 
+  __device__ __forceinline__ int first_row(const GemmTile& tile) const {
+    return tile.block * kBlockRows + warpgroup * kTileRows;
+  }
+
+  // Begins with a rehearsal: the code after the products runs once without any, for what lies beyond the last
+  // token. It comes into the instruction cache while the first copies are under way.
   __device__ __forceinline__ void run(const GemmSchedule& schedule) {
-    if (p.out_scale && thread == 0) s.out_scale[warpgroup] = *p.out_scale;
     int turn = 0;
 #pragma unroll 1
-    for (int i = blockIdx.x; i < schedule.num_tiles; i += gridDim.x, turn ^= 1) {
-      const GemmTile tile = schedule.tile(i);
-      const int row = tile.block * kBlockRows + warpgroup * kTileRows;
+    for (int i = int(blockIdx.x) - int(gridDim.x);; i += gridDim.x, turn ^= 1) {
+      const bool is_done = i >= schedule.num_tiles, has_few_products = k_tiles <= TileOutput<C>::kPieces;
+      if (i < 0 || is_done || has_few_products) output.store(thread);  // else behind the products
+      if (is_done) break;
+      const GemmTile tile = schedule.tile(max(i, int(blockIdx.x)));
       TileScales<C>& scales = s.scales[warpgroup][turn];
-      scales.start_loading(p, row, tile.token, here(thread));
-      if (k_tiles <= TileOutput<C>::kPieces) output.store(thread);  // too few products to hide it behind
+      if (i >= 0) scales.start_loading(p, first_row(tile), tile.token, here(thread));
       if (uniform(tile.num_halves) == 2)
-        make<2>(tile.token, row, scales);
+        make<2>(tile, scales, i < 0);
       else
-        make<1>(tile.token, row, scales);
+        make<1>(tile, scales, i < 0);
+      if (i < 0) {
+        wait_for_predecessor();
+        if (p.out_scale && thread == 0) s.out_scale[warpgroup] = *p.out_scale;
+      }
     }
-    output.store(thread);
     if (thread == 0) ptx::wait_for_stores();
   }
 };
@@ -268,7 +278,6 @@ __global__ void __launch_bounds__(kThreads, 1)
 
   if (warp < kConsumerWarps) {
     ptx::take_registers<232>();
-    wait_for_predecessor();
     const int warpgroup = warp / (kWarpgroupThreads / kWarpSize), thread = threadIdx.x % kWarpgroupThreads;
     GemmConsumer<C>{s,
                     p,

@@ -164,9 +164,12 @@ struct TileOutput {
     next_piece();
   }
 
+  // (Also if nothing is left: a rehearsal.)
   __device__ __forceinline__ void store(int thread) {
 #pragma unroll 1
-    while (num_boxes > 0) store_piece(thread);
+    do store_piece(thread);
+    while (num_boxes > 0);
+    num_boxes = 0;
   }
 
  private:
