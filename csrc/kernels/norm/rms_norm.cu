@@ -16,13 +16,15 @@
 namespace nf {
 namespace {
 
-template <class Scalar_, class Out_, int kVecs_, bool kAdd_>
+template <class Scalar_, class Out_, int kVecs_, bool kAdd_, bool kScalesRows_>
 struct Config {
   using Scalar = Scalar_;
   using Out = Out_;
   static constexpr int kVecs = kVecs_;  // of a row, per thread
   static constexpr bool kAdd = kAdd_;   // is there a residual?
   static constexpr bool kFp8 = std::is_same_v<Out, __nv_fp8_e4m3>;
+  static constexpr bool kScalesRows = kScalesRows_;  // does each row of an e4m3 result get its own scale?
+  using Stats = std::conditional_t<kScalesRows, float2, float>;
   // Caps the registers: 42 a thread for three CTAs an SM; 64 for the long rows, which take all of one CTA's
   // threads.
   static constexpr int kMaxThreads = kVecs < 4 ? 512 : 1024;
@@ -46,15 +48,16 @@ __device__ __forceinline__ Vec<Scalar> add(const Vec<Scalar>& residual, const Ve
 
 // The statistics of the CTA's row, of which each thread has some vectors, added as row_stats.h has it.
 template <class C>
-__device__ __forceinline__ float2 row_stats(Vec<typename C::Scalar> (&r_row)[C::kVecs],
-                                            const Vec<typename C::Scalar> (&r_weight)[C::kVecs],
-                                            int num_vecs) {
+__device__ __forceinline__ typename C::Stats row_stats(Vec<typename C::Scalar> (&r_row)[C::kVecs],
+                                                       const Vec<typename C::Scalar> (&r_weight)[C::kVecs],
+                                                       int num_vecs) {
+  using Stats = typename C::Stats;
   constexpr int kBlockLanes = 16;
-  __shared__ float2 s_blocks[C::kMaxThreads * C::kVecs / kBlockLanes];
+  __shared__ Stats s_blocks[C::kMaxThreads * C::kVecs / kBlockLanes];
 #pragma unroll
   for (int i = 0; i < C::kVecs; ++i) {
     r_row[i].keep_packed();
-    const float2 block = block_stats(r_row[i], r_weight[i]);
+    const Stats block = block_stats<Stats>(r_row[i], r_weight[i]);
     if (vec_idx(i) < num_vecs && vec_idx(i) % kBlockLanes == 0) s_blocks[vec_idx(i) / kBlockLanes] = block;
   }
   __syncthreads();  // s_blocks are complete
@@ -65,32 +68,30 @@ template <class C>
 __global__ void __launch_bounds__(C::kMaxThreads, C::kMinCtas)
     rms_norm_kernel(const RmsNormParams<typename C::Scalar, typename C::Out> p) {
   using Scalar = typename C::Scalar;
+  using Row = Vec<Scalar>[C::kVecs];
   const int num_vecs = p.dim / Vec<Scalar>::kElements;
-  const int64_t row = blockIdx.x;
-  const Scalar* x = p.x + row * p.x_stride;
-  Scalar* residual = C::kAdd ? p.residual + row * p.residual_stride : nullptr;
-  typename C::Out* out = p.out + row * p.out_stride;
+  const auto load = [num_vecs](Row& to, const Scalar* from) {
+#pragma unroll
+    for (int i = 0; i < C::kVecs; ++i)
+      to[i] = vec_idx(i) < num_vecs ? load_vec(from, vec_idx(i)) : Vec<Scalar>{};
+  };
 
   let_successor_start();
   // The weight depends on no kernel of the step: it is loaded while the predecessor still runs, where
   // registers allow.
-  Vec<Scalar> r_row[C::kVecs], r_residual[C::kVecs], r_weight[C::kVecs];
-  const auto load_weight = [&] {
-#pragma unroll
-    for (int i = 0; i < C::kVecs; ++i)
-      r_weight[i] = vec_idx(i) < num_vecs ? load_vec(p.weight, vec_idx(i)) : Vec<Scalar>{};
-  };
-  if (C::kVecs < 4) load_weight();
+  Row r_weight;
+  if (C::kVecs < 4) load(r_weight, p.weight);
   wait_for_predecessor();
 
   // All loads before the first store, which might alias them and so would hold them back.
-#pragma unroll
-  for (int i = 0; i < C::kVecs; ++i) {
-    r_row[i] = Vec<Scalar>{};
-    if (vec_idx(i) >= num_vecs) continue;
-    r_row[i] = load_vec(x, vec_idx(i));
-    if constexpr (C::kAdd) r_residual[i] = load_vec(residual, vec_idx(i));
-  }
+  const int64_t row = blockIdx.x;
+  Scalar* residual = C::kAdd ? p.residual + row * p.residual_stride : nullptr;
+  typename C::Out* out = p.out + row * p.out_stride;
+  Row r_row, r_residual;
+  load(r_row, p.x + row * p.x_stride);
+  if constexpr (C::kAdd) load(r_residual, residual);
+  float scale = 0.0f;
+  if (C::kFp8 && !C::kScalesRows) scale = *p.scale;
   if constexpr (C::kAdd) {
 #pragma unroll
     for (int i = 0; i < C::kVecs; ++i) {
@@ -99,19 +100,25 @@ __global__ void __launch_bounds__(C::kMaxThreads, C::kMinCtas)
       store_vec(residual, vec_idx(i), r_row[i]);
     }
   }
-  if (C::kVecs == 4) load_weight();
-  const float2 stats = row_stats<C>(r_row, r_weight, num_vecs);
-  const float* fp8_scale = p.scale_per_token ? nullptr : p.scale;
-  const RowFactors factors = factors_of(stats, p.dim, true, p.eps, fp8_scale);
-  if (C::kFp8 && p.scale_per_token && threadIdx.x == 0) p.scale[row] = factors.fp8_scale.value;
+  if (C::kVecs == 4) load(r_weight, p.weight);
+  const auto stats = row_stats<C>(r_row, r_weight, num_vecs);
+  float inv_rms;
+  if constexpr (C::kScalesRows) {
+    inv_rms = inv_rms_of(stats.x, p.dim, p.eps);
+    scale = own_fp8_scale(stats.y, inv_rms);
+    if (threadIdx.x == 0) p.scale[row] = scale;
+  } else {
+    inv_rms = inv_rms_of(stats, p.dim, p.eps);
+  }
+  const Divisor divisor = scale;
 
 #pragma unroll
   for (int i = 0; i < C::kVecs; ++i) {
     if (vec_idx(i) >= num_vecs) continue;
     r_row[i].keep_packed();
-    r_row[i] = normalize(r_row[i], factors.inv_rms, r_weight[i]);
+    r_row[i] = normalize(r_row[i], inv_rms, r_weight[i]);
     if constexpr (C::kFp8)
-      store_fp8(out, vec_idx(i), r_row[i], factors.fp8_scale);
+      store_fp8(out, vec_idx(i), r_row[i], divisor);
     else
       store_vec(out, vec_idx(i), r_row[i]);
   }
@@ -138,11 +145,15 @@ void check_and_launch(const RmsNormParams<Scalar, Out>& p, const NormConfig& con
   NF_CHECK(rows_are_aligned(p.residual, p.residual_stride), "stride " + std::to_string(p.residual_stride));
   NF_CHECK((p.scale != nullptr) == (sizeof(Out) == 1), p.scale ? "a scale" : "no scale");
 
-  const Grid grid{.ctas = dim3(unsigned(p.num_tokens)), .threads = config.threads};
   dispatch<1, 2, 4>("vecs_per_thread", config.vecs_per_thread, [&](auto vecs) {
-    using C = Config<Scalar, Out, vecs, kAdd>;
-    NF_CHECK(config.threads <= C::kMaxThreads, to_string(config));
-    launch<rms_norm_kernel<C>>(grid, stream, p);
+    const auto run = [&]<class C>(C) {
+      NF_CHECK(config.threads <= C::kMaxThreads, to_string(config));
+      launch<rms_norm_kernel<C>>({.ctas = dim3(unsigned(p.num_tokens)), .threads = config.threads}, stream,
+                                 p);
+    };
+    if constexpr (sizeof(Out) == 1)
+      if (p.scale_per_token) return run(Config<Scalar, Out, vecs, kAdd, true>{});
+    run(Config<Scalar, Out, vecs, kAdd, false>{});
   });
 }
 

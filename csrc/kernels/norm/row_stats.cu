@@ -32,7 +32,7 @@ __global__ void __launch_bounds__(kThreads) row_stats_kernel(const MakeRowStatsP
   wait_for_predecessor();
   const int64_t token = blockIdx.y;
   const Vec<Bf16> x = inside ? load_vec(p.x + token * p.x_stride, vec) : Vec<Bf16>{};
-  const float2 stats = block_stats(x, weight);
+  const float2 stats = block_stats<float2>(x, weight);
   const int num_blocks = (p.dim + kStatsBlock - 1) / kStatsBlock;
   if (inside && vec % kBlockLanes == 0) p.stats[token * num_blocks + vec / kBlockLanes] = stats;
 }

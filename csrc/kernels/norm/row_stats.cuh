@@ -17,55 +17,71 @@ struct RowFactors {
   Divisor fp8_scale;  // of an e4m3 result
 };
 
-// A part of a row: {sum of squares, largest |x * w|}.
+// Of a part of a row: {sum of squares, largest |x * w|}, or where nobody wants the latter the sum alone.
 __device__ __forceinline__ float2 merge_stats(float2 a, float2 b) { return {a.x + b.x, fmaxf(a.y, b.y)}; }
+__device__ __forceinline__ float merge_stats(float a, float b) { return a + b; }
 
 // Of two neighbouring columns x with norm weights w.
 __device__ __forceinline__ float2 pair_stats(float2 x, float2 w) {
   return {fmaf(x.x, x.x, x.y * x.y), fmaxf(fabsf(x.x * w.x), fabsf(x.y * w.y))};
 }
 
+__device__ __forceinline__ float shuffle_xor(float v, int mask) {
+  return __shfl_xor_sync(kFullWarp, v, mask);
+}
 __device__ __forceinline__ float2 shuffle_xor(float2 v, int mask) {
-  return {__shfl_xor_sync(kFullWarp, v.x, mask), __shfl_xor_sync(kFullWarp, v.y, mask)};
+  return {shuffle_xor(v.x, mask), shuffle_xor(v.y, mask)};
 }
 
-// Of a block of 128 columns of which 16 neighbouring lanes have 8 each (zeros beyond the row), in all of them.
-// Added in the order in which the epilogue of packed_linear adds, so that it makes no difference to a row who
-// made its statistics: strips of 16 columns, within a strip as a wgmma fragment has them.
-template <class Scalar>
-__device__ __forceinline__ float2 block_stats(const Vec<Scalar>& x, const Vec<Scalar>& weight) {
-  float2 pair[4];
+// Lane `lane`'s of each 16.
+__device__ __forceinline__ float shuffle(float v, int lane) { return __shfl_sync(kFullWarp, v, lane, 16); }
+__device__ __forceinline__ float2 shuffle(float2 v, int lane) {
+  return {shuffle(v.x, lane), shuffle(v.y, lane)};
+}
+
+// Of a block of 128 columns of which 16 neighbouring lanes have 8 each (zeros beyond the row), in all of
+// them. Added in the order in which the epilogue of packed_linear adds, so that it makes no difference to a
+// row who made its statistics: strips of 16 columns, within a strip as a wgmma fragment has them. Stats:
+// float2 or float.
+template <class Stats, class Scalar>
+__device__ __forceinline__ Stats block_stats(const Vec<Scalar>& x, const Vec<Scalar>& weight) {
+  Stats pair[4];
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    pair[i] = pair_stats(x.pair(i), weight.pair(i));
+    const float2 both = pair_stats(x.pair(i), weight.pair(i));
+    if constexpr (std::is_same_v<Stats, float>)
+      pair[i] = both.x;
+    else
+      pair[i] = both;
     pair[i] = merge_stats(pair[i], shuffle_xor(pair[i], 1));
   }
-  const float2 strip = merge_stats(merge_stats(pair[0], pair[1]), merge_stats(pair[2], pair[3]));
-  float2 block{0.0f, 0.0f};
+  const Stats strip = merge_stats(merge_stats(pair[0], pair[1]), merge_stats(pair[2], pair[3]));
+  Stats block{};
 #pragma unroll
-  for (int i = 0; i < 8; ++i)
-    block = merge_stats(block, {__shfl_sync(kFullWarp, strip.x, 2 * i, 16),
-                                __shfl_sync(kFullWarp, strip.y, 2 * i, 16)});
+  for (int i = 0; i < 8; ++i) block = merge_stats(block, shuffle(strip, 2 * i));
   return block;
 }
 
-__device__ __forceinline__ RowFactors factors_of(float2 row, int dim, bool has_norm, float eps,
-                                                 const float* fp8_scale) {
-  const float inv_rms = has_norm ? rsqrtf(row.x / float(dim) + eps) : 1.0f;
-  const float own_scale = row.y * inv_rms / kMaxFp8;
-  return {inv_rms, fp8_scale ? *fp8_scale : own_scale < kMinScale ? kMinScale : own_scale};  // NaN stays
+__device__ __forceinline__ float inv_rms_of(float sum_of_squares, int dim, float eps) {
+  return rsqrtf(sum_of_squares / float(dim) + eps);
+}
+// largest: |x * w| of the row.
+__device__ __forceinline__ float own_fp8_scale(float largest, float inv_rms) {
+  const float scale = largest * inv_rms / kMaxFp8;
+  return scale < kMinScale ? kMinScale : scale;  // NaN stays
 }
 
 // A row's statistics from those of its blocks, by one warp, the same in each lane; `block(i)` gives a block's.
 // kAtOnce: loads under way.
 template <int kAtOnce, class F>
-__device__ __forceinline__ float2 merge_blocks(int num_blocks, F&& block) {
-  float2 row{0.0f, 0.0f};
+__device__ __forceinline__ auto merge_blocks(int num_blocks, F&& block) {
+  using Stats = decltype(block(0));
+  Stats row{};
   for (int first = int(threadIdx.x % kWarpSize); first < num_blocks; first += kAtOnce * kWarpSize) {
-    float2 part[kAtOnce];
+    Stats part[kAtOnce];
 #pragma unroll
     for (int i = 0; i < kAtOnce; ++i)
-      part[i] = first + i * kWarpSize < num_blocks ? block(first + i * kWarpSize) : float2{0.0f, 0.0f};
+      part[i] = first + i * kWarpSize < num_blocks ? block(first + i * kWarpSize) : Stats{};
 #pragma unroll
     for (int i = 0; i < kAtOnce; ++i) row = merge_stats(row, part[i]);
   }
@@ -78,7 +94,8 @@ __device__ __forceinline__ float2 merge_blocks(int num_blocks, F&& block) {
 __device__ __forceinline__ RowFactors row_factors(const RowStatsParams& p, int64_t token, int dim) {
   const float2* blocks = p.stats + token * p.num_blocks;
   const float2 row = merge_blocks<8>(p.num_blocks, [&](int i) { return __ldcg(blocks + i); });
-  return factors_of(row, dim, p.norm_weight != nullptr, p.eps, p.fp8_scale);
+  const float inv_rms = p.norm_weight ? inv_rms_of(row.x, dim, p.eps) : 1.0f;
+  return {inv_rms, p.fp8_scale ? *p.fp8_scale : own_fp8_scale(row.y, inv_rms)};
 }
 
 // v * inv_rms, rounded, times the norm's weight, rounded again: as rms_norm.h has it.
