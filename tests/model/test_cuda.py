@@ -4,8 +4,8 @@
 import dataclasses
 
 import pytest
-import torch
 from modelopt import demo_checkpoint
+from near_ties import assert_same_but_for_near_ties
 
 from nemotron_fast import LLM, SamplingParams
 from nemotron_fast.executor import Inputs
@@ -13,17 +13,6 @@ from nemotron_fast.executor import Inputs
 pytestmark = pytest.mark.gpu
 
 PROMPTS = ["To be, or not to be", "KING HENRY.\n", "O", "JULIET.\nWherefore art thou " * 12]
-NEAR_TIE = 0.15  # nats: what BF16 rounding can move the difference of two log-probabilities by
-
-
-def assert_same_but_for_near_ties(found, want) -> None:
-    """Equal tokens up to a first difference, where each side's token is nearly the other's best."""
-    for mine, theirs in zip(found.logprobs, want.logprobs, strict=True):
-        if mine.token_id != theirs.token_id:
-            for entry, other in ((mine, theirs), (theirs, mine)):
-                alternatives = dict(entry.top)
-                assert entry.logprob - alternatives.get(other.token_id, -torch.inf) <= NEAR_TIE, (mine, theirs)
-            return
 
 
 @pytest.fixture(scope="module")
