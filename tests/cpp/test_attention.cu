@@ -322,6 +322,10 @@ int main(int argc, char** argv) {
       run({8, 8, 128, fp8, {{1, 8192}, {1, 17}, {1, 1024}}});
       run({2, 8, 128, fp8, {{1, 40000}, {1, 17}, {1, 1024}}});
       run({8, 8, 128, fp8, std::vector<Sequence>(70, {1, 200})});
+      std::vector<Sequence> many;  // more than the kernel's threads, twice
+      for (int s = 0; s < 300; ++s) many.push_back({1 + s % 7 / 6, 1 + s * 37 % 200 + s % 7 / 6});
+      run({1, 8, 64, fp8, many});
+      run({1, 8, 128, fp8, std::vector<Sequence>(140, {1, 100})});
     }
   });
 }

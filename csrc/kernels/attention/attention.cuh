@@ -26,7 +26,7 @@ struct Smem {
   alignas(128) uint8_t ring[C::kWarps][C::kSlots][C::kSlotBytes];
   StackSmem<C> stack;
   MeetingSmem<C> meeting;
-  int num_tiles;
+  TileSums<C::kWarps> tile_sums;
   alignas(16) Tile tiles[1];  // as many as the launch provides for, and one more
 };
 
@@ -392,13 +392,10 @@ __global__ void __launch_bounds__(C::kThreads, kMaxCtasPerSm)
   let_successor_start();
 
   const int num_queries = int(p.q_start[p.num_seqs]);
-  if (threadIdx.x < kWarpSize) {
-    const int num_tiles = build_tiles(s.tiles, config.max_tiles, p.q_start, p.kv_len, p.num_seqs,
-                                      p.most_queries, config.queries_per_tile, config.leaves_wanted);
-    if (threadIdx.x == 0) s.num_tiles = num_tiles;
-  }
+  const int num_tiles = build_tiles(s.tile_sums, s.tiles, config.max_tiles, p.q_start, p.kv_len, p.num_seqs,
+                                    p.most_queries, config.queries_per_tile, config.leaves_wanted);
   __syncthreads();  // the tiles are built
-  const Line line{s.tiles, s.num_tiles, p.num_kv_heads};
+  const Line line{s.tiles, num_tiles, p.num_kv_heads};
   const int W = line.total(), part = part_of_cta(config);
   // Odd lanes find the end while even lanes find the beginning.
   const int end_or_begin =

@@ -95,62 +95,74 @@ __device__ __forceinline__ int next_leaf_start(const Line& line, int at) {
   return at - page + min(ceil_div(page, leaf) * leaf, pages);
 }
 
-// By one warp: the tiles of all sequences with at most `most_queries` queries, of up to `queries_per_tile`.
-// Returns their number.
-__device__ __forceinline__ int build_tiles(Tile* tiles, int capacity, const int64_t* q_start,
-                                           const int64_t* kv_len, int num_seqs, int most_queries,
-                                           int queries_per_tile, int wanted) {
-  const int lane = threadIdx.x % kWarpSize;
-  const auto inclusive_sum = [&](int v) {
+// What each warp's threads have, in this turn and in the one before.
+template <int kWarps>
+struct TileSums {
+  alignas(16) int2 of_warp[2][kWarps];  // tiles, pages
+};
+
+// By all threads: the tiles of all sequences with at most `most_queries` queries, of up to
+// `queries_per_tile`. Returns their number. They are complete after the next barrier.
+template <int kWarps>
+__device__ __forceinline__ int build_tiles(TileSums<kWarps>& sums, Tile* tiles, int capacity,
+                                           const int64_t* q_start, const int64_t* kv_len, int num_seqs,
+                                           int most_queries, int queries_per_tile, int wanted) {
+  constexpr int kThreads = kWarps * kWarpSize;
+  const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
+  int num_tiles = 0, num_pages = 0;
+  int first[2], end[2], length[2];  // loads of two turns are under way at once
+#pragma unroll 1
+  for (int turn = 0, base = 0; base < num_seqs; ++turn, base += kThreads) {
+    const int seq = base + int(threadIdx.x);
+    if (turn % 2 == 0) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int from = min(seq + i * kThreads, num_seqs - 1);
+        first[i] = int(q_start[from]), end[i] = int(q_start[from + 1]), length[i] = int(kv_len[from]);
+      }
+    } else {
+      first[0] = first[1], end[0] = end[1], length[0] = length[1];
+    }
+    int queries = seq < num_seqs ? end[0] - first[0] : 0;
+    if (queries > most_queries) queries = 0;
+    const auto end_of = [&](int i) { return min((i + 1) * queries_per_tile, queries); };
+    // A tile that sees nothing gets one page, all masked, so that its zeros are written.
+    const auto pages_of = [&](int i) { return max(1, ceil_div(length[0] - queries + end_of(i), kPageSize)); };
+    const int mine = queries <= 1 ? queries : ceil_div(queries, queries_per_tile);
+    int pages = 0;
+#pragma unroll 1
+    for (int i = 0; i < mine; ++i) pages += pages_of(i);
+    int at = mine, start = pages;  // the sums up to this thread's
 #pragma unroll
     for (int step = 1; step < kWarpSize; step *= 2) {
-      const int up = __shfl_up_sync(kFullWarp, v, step);
-      if (lane >= step) v += up;
+      const int tiles_up = __shfl_up_sync(kFullWarp, at, step),
+                pages_up = __shfl_up_sync(kFullWarp, start, step);
+      if (lane >= step) at += tiles_up, start += pages_up;
     }
-    return v;
-  };
-  int num_tiles = 0;
-#pragma unroll 1
-  for (int base = 0; base < num_seqs; base += kWarpSize) {
-    const int seq = base + lane;
-    int first = 0, queries = 0, length = 0;
-    if (seq < num_seqs) {
-      first = int(q_start[seq]);
-      queries = int(q_start[seq + 1]) - first;
-      length = int(kv_len[seq]);
-      if (queries > most_queries) queries = 0;
+    if (lane == kWarpSize - 1) sums.of_warp[turn % 2][warp] = {at, start};
+    __syncthreads();  // the sums are written
+    at += num_tiles - mine, start += num_pages - pages;
+#pragma unroll
+    for (int w = 0; w < kWarps; ++w) {
+      const int2 sum = sums.of_warp[turn % 2][w];
+      num_tiles += sum.x, num_pages += sum.y;
+      if (w < warp) at += sum.x, start += sum.y;
     }
-    const int mine = queries == 1 ? 1 : ceil_div(queries, queries_per_tile), sum = inclusive_sum(mine);
 #pragma unroll 1
-    for (int i = 0, at = num_tiles + sum - mine; i < mine && at < capacity; ++i, ++at) {
-      const int begin = i * queries_per_tile, end = min(begin + queries_per_tile, queries);
-      tiles[at] = {.start_page = 0,
-                   .length = length - queries + end,
-                   .token = uint32_t(first + begin),
-                   .queries = uint32_t(end - begin),
+    for (int i = 0; i < mine && at <= capacity; ++i, ++at) {  // up to the one more, for its start_page
+      const int begin = i * queries_per_tile, tile_pages = pages_of(i);
+      tiles[at] = {.start_page = start,
+                   .length = length[0] - queries + end_of(i),
+                   .token = uint32_t(first[0] + begin),
+                   .queries = uint32_t(end_of(i) - begin),
                    .before = uint32_t(min(begin, kManyBefore)),
                    .seq = uint16_t(seq),
-                   .leaf = 0};
+                   .leaf = uint16_t(leaf_pages(tile_pages, wanted))};
+      start += tile_pages;
     }
-    num_tiles += __shfl_sync(kFullWarp, sum, kWarpSize - 1);
   }
-  num_tiles = min(num_tiles, capacity);
-  __syncwarp();  // the tiles are written
-  int start = 0;
-#pragma unroll 1
-  for (int base = 0; base < num_tiles; base += kWarpSize) {
-    const int tile = base + lane;
-    // A tile that sees nothing gets one page, all masked, so that its zeros are written.
-    const int pages = tile < num_tiles ? max(1, ceil_div(tiles[tile].length, kPageSize)) : 0;
-    const int sum = inclusive_sum(pages);
-    if (tile < num_tiles) {
-      tiles[tile].start_page = start + sum - pages;
-      tiles[tile].leaf = uint16_t(leaf_pages(pages, wanted));
-    }
-    start += __shfl_sync(kFullWarp, sum, kWarpSize - 1);
-  }
-  if (lane == 0) tiles[num_tiles].start_page = start;
-  return num_tiles;
+  if (threadIdx.x == 0 && num_tiles <= capacity) tiles[num_tiles].start_page = num_pages;
+  return min(num_tiles, capacity);
 }
 
 }  // namespace nf::attn
