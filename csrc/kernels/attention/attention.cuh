@@ -238,22 +238,14 @@ struct Worker {
     }
   }
 
+  // The first new token in this warp's share, too: others, if any, are in the same step.
   __device__ __forceinline__ void start_pair(const Line& line, const Leaf& leaf) {
-    queries.load(p, config, line.tiles[leaf.tile], leaf.head);
-  }
-
-  // The first new token of the leaf, if it is in this warp's share: its loads are under way with those of q.
-  __device__ __forceinline__ void start_leaf(const Line& line, const Leaf& leaf) {
-    result.clear();
-    if (p.append.k == nullptr) return;
     const Tile& tile = line.tiles[leaf.tile];
-    new_token.position = -1;
-    int page = WarpPages::first_page(leaf);
-    page += max(tile.num_old() / kPageSize - page, 0) / kPagesAtOnce * kPagesAtOnce;
-    for (; page < leaf.end; page += kPagesAtOnce) {
-      const NewTokens tokens(tile, WarpPages::first_token(page), C::kStepTokens);
-      if (tokens.any()) return new_token.load(p, tile, leaf.head, tokens.first);
+    if (p.append.k != nullptr) {
+      const int position = WarpPages::first_token_from(tile.num_old());
+      if (position < tile.length) new_token.load(p, tile, leaf.head, position);
     }
+    queries.load(p, config, tile, leaf.head);
   }
 
   // K and V of the step are complete in the ring but for the new tokens: these, too.
@@ -273,7 +265,7 @@ struct Worker {
   __device__ __forceinline__ void compute_leaf(MeetingSmem<C>& s, const Line& line, const Leaf& leaf,
                                                State<C>& sum) {
     constexpr bool kHoldsKeys = C::kTilesN > C::kUnitSlots;  // the last step's: for the results
-    start_leaf(line, leaf);
+    result.clear();
     for (int page = WarpPages::first_page(leaf);; page += kPagesAtOnce) {
       const bool works = page < leaf.end;  // not all warps if the leaf is a single page
       const bool is_last = page + kPagesAtOnce >= leaf.end;

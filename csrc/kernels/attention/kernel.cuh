@@ -134,6 +134,12 @@ struct WarpPages {
   static __device__ __forceinline__ int first_token(int page) {
     return page * kPageSize + int(threadIdx.x) / kWarpSize % 2 * (kPageSize / 2);
   }
+  // The warp's first token from `token` on. (Leaves start at multiples of kPagesAtOnce.)
+  static __device__ __forceinline__ int first_token_from(int token) {
+    constexpr int kShare = kPageSize / 2, kShares = 2 * kPagesAtOnce;
+    const int share = token / kShare, to_skip = (int(threadIdx.x) / kWarpSize - share) & (kShares - 1);
+    return to_skip == 0 ? token : (share + to_skip) * kShare;
+  }
   __device__ __forceinline__ bool done() const { return pages_left == 0; }
   __device__ __forceinline__ void advance() {
     page += kPagesAtOnce;
