@@ -463,12 +463,15 @@ void attention(const AttentionParams<Scalar>& p, cudaStream_t stream) {
       .score_scale = p.softmax_scale * (p.fp8_cache ? p.k_scale : 1.0f) * 1.44269504f,
       .two_ctas_per_sm = false,
   };
+  const bool long_ring = max_tiles * p.num_kv_heads <= kFewPairs;
   dispatch<64, 128>("D", p.head_dim, [&](auto head_dim) {
     dispatch<1, 2>("tiles_n", tiles_n, [&](auto tiles_n) {
-      if (p.fp8_cache)
+      if (!p.fp8_cache)
+        launch_attention<Config<Scalar, false, head_dim, tiles_n>>(p, config, stream);
+      else if (long_ring || tiles_n == 2)
         launch_attention<Config<Scalar, true, head_dim, tiles_n>>(p, config, stream);
       else
-        launch_attention<Config<Scalar, false, head_dim, tiles_n>>(p, config, stream);
+        launch_attention<Config<Scalar, true, head_dim, 1, true>>(p, config, stream);
     });
   });
 }

@@ -53,7 +53,7 @@ __device__ __forceinline__ float2 widen_pair(uint32_t word) {
   return PairOf<T>::widen(v);
 }
 
-template <class Scalar_, bool kFp8_, int kHeadDim_, int kTilesN_>
+template <class Scalar_, bool kFp8_, int kHeadDim_, int kTilesN_, bool kShortRing_ = false>
 struct Config {
   using Scalar = Scalar_;                                      // of q and the result
   using Product = std::conditional_t<kFp8_, __half, Scalar_>;  // of the products' operands
@@ -74,8 +74,11 @@ struct Config {
   static constexpr int kSlotTokens = kSlotBytes / kRowBytes;
   static constexpr int kUnitSlots = kStepTokens / kSlotTokens;  // a unit: K or V of a step
   static constexpr int kPhases = 2 * kUnitSlots;                // slots of a step
-  // The stack takes 20 or 41 KB: so two CTAs fit an SM, or one and the next linear.
-  static constexpr int kRingBytes = (kTilesN == 1 ? 80 : 64) * 1024;
+  // The stack takes 20 or 41 KB: so two CTAs fit an SM, or one and the next linear. Two that read e4m3 do not
+  // get it sooner for asking earlier: with a short ring they leave room for the next linear. In a long one a
+  // CTA has all that it reads of a single short sequence. (Between linears, of 1,024 tokens each: 64
+  // sequences 61 us with a short ring, 65 with a long one; a single one 8.3 and 6.7 us.)
+  static constexpr int kRingBytes = (kShortRing_ ? 48 : kTilesN == 1 ? 80 : 64) * 1024;
   static constexpr int kSlots = kRingBytes / kWarps / kSlotBytes;
   static_assert(kSlots >= 2 * kUnitSlots);
 
