@@ -47,9 +47,10 @@ struct Plan {
   int index;        // of that subtree among those of its CTA
   uint32_t starts;  // where such subtrees start
 
-  // Of the pair that has page `at` of the line.
-  __device__ __forceinline__ Plan(const Line& line, int at, int W) {
-    const int lane = threadIdx.x % kWarpSize, tile = line.tile_at(at);
+  // Of the pair that has the page before `end`.
+  __device__ __forceinline__ Plan(const Line& line, LeafStart end) {
+    const int lane = threadIdx.x % kWarpSize, W = line.total(), at = end.at - 1;
+    const int tile = at < line.pair_begin(end.tile, 0) ? end.tile - 1 : end.tile;
     const int pages = line.pages(tile), leaf_size = line.tiles[tile].leaf;
     num_leaves = ceil_div(pages, leaf_size);
     const int64_t begin = at - (at - line.pair_begin(tile, 0)) % pages;
@@ -326,15 +327,16 @@ __device__ __forceinline__ void clear_rows(const AttentionParams<typename C::Sca
   }
 }
 
-// Pages [begin, end) of the line, which are whole leaves. Most of this runs once in a launch and finds the
+// Pages from `begin` to `end`, which are whole leaves. Most of this runs once in a launch and finds the
 // instruction cache cold, so what matters is its size: one inlined copy of everything, loops rolled.
 template <class C>
 __device__ __forceinline__ void compute_part(const AttentionParams<typename C::Scalar>& p,
                                              const LaunchConfig& config, Smem<C>& s, const Line& line,
-                                             int part, int begin, int end) {
+                                             int part, LeafStart begin, LeafStart end) {
   Leaf leaf = leaf_at(line, begin);
+  const int num_pages = end.at - begin.at;
   const uint32_t ring = uint32_t(__cvta_generic_to_shared(s.ring[threadIdx.x / kWarpSize]));
-  Worker<C> worker{p, config, {p, WarpPages(line, leaf, end - begin)}, ring};
+  Worker<C> worker{p, config, {p, WarpPages(line, leaf, num_pages)}, ring};
 #pragma unroll 1
   for (int i = 0;; ++i) {
     const int phase = i % C::kPhases;
@@ -344,7 +346,7 @@ __device__ __forceinline__ void compute_part(const AttentionParams<typename C::S
     worker.loader.fill(ring + uint32_t(i * C::kSlotBytes), phase);
   }
   // The last pair of the part is the only one that this CTA may own and not have all of.
-  const Plan plan(line, end - 1, line.total());
+  const Plan plan(line, end);
   wait_for_predecessor();
 
   static_assert(kLevels * sizeof(Partial<C>) <= sizeof(s.ring));
@@ -352,7 +354,7 @@ __device__ __forceinline__ void compute_part(const AttentionParams<typename C::S
   int index = leaf.first / line.tiles[leaf.tile].leaf;
   bool new_pair = true;
 #pragma unroll 1
-  for (int pages_left = end - begin; pages_left > 0;) {
+  for (int pages_left = num_pages; pages_left > 0;) {
     if (new_pair) {
       pair.start(leaf, index);
       worker.start_pair(line, leaf);
@@ -390,10 +392,14 @@ __global__ void __launch_bounds__(C::kThreads, kMaxCtasPerSm)
   const Line line{s.tiles, num_tiles, p.num_kv_heads};
   const int W = line.total(), part = part_of_cta(config);
   // Odd lanes find the end while even lanes find the beginning.
-  const int end_or_begin =
-      W == 0 ? 0 : next_leaf_start(line, int(part_begin(part + int(threadIdx.x % 2), W, int(gridDim.x))));
-  const int begin = __shfl_sync(kFullWarp, end_or_begin, 0), end = __shfl_sync(kFullWarp, end_or_begin, 1);
-  if (begin < end)
+  const LeafStart end_or_begin =
+      next_leaf_start(line, int(part_begin(part + int(threadIdx.x % 2), W, int(gridDim.x))));
+  const auto of_lane = [&](int lane) {
+    return LeafStart{__shfl_sync(kFullWarp, end_or_begin.at, lane),
+                     __shfl_sync(kFullWarp, end_or_begin.tile, lane)};
+  };
+  const LeafStart begin = of_lane(0), end = of_lane(1);
+  if (begin.at < end.at)
     compute_part(p, config, s, line, part, begin, end);
   else
     wait_for_predecessor();  // also so that the kernel ends after it

@@ -80,19 +80,26 @@ struct Leaf {
   }
 };
 
-// The leaf that starts at page `at` of the line, which is less than total().
-__device__ __forceinline__ Leaf leaf_at(const Line& line, int at) {
-  const int tile = line.tile_at(at), pages = line.pages(tile);
+// Where a leaf starts: the page of the line, and its tile, which at the end is num_tiles.
+struct LeafStart {
+  int at, tile;
+};
+
+// The leaf that starts there, which is not the end.
+__device__ __forceinline__ Leaf leaf_at(const Line& line, LeafStart start) {
+  const auto [at, tile] = start;
+  const int pages = line.pages(tile);
   const int offset = at - line.pair_begin(tile, 0), head = offset / pages, first = offset - head * pages;
   return {tile, head, first, min(first + line.tiles[tile].leaf, pages), pages};
 }
 
 // The first leaf's start at or after page `at`.
-__device__ __forceinline__ int next_leaf_start(const Line& line, int at) {
-  if (at >= line.total()) return line.total();
+__device__ __forceinline__ LeafStart next_leaf_start(const Line& line, int at) {
+  if (at >= line.total()) return {line.total(), line.num_tiles};
   const int tile = line.tile_at(at), pages = line.pages(tile), leaf = line.tiles[tile].leaf;
   const int page = (at - line.pair_begin(tile, 0)) % pages;
-  return at - page + min(ceil_div(page, leaf) * leaf, pages);
+  const int start = at - page + min(ceil_div(page, leaf) * leaf, pages);
+  return {start, start < line.pair_begin(tile + 1, 0) ? tile : tile + 1};
 }
 
 // What each warp's threads have, in this turn and in the one before.
