@@ -13,7 +13,8 @@
 // Of few tokens, reading the weights takes longer than the products, and fewer CTAs read as fast as all. What
 // counts then is that all read the same activations at about the same time: they get equally many tiles, and
 // do not read as far ahead as they could. (gate_up of 28,672 on an H100, 448 blocks: 112 CTAs with 4 stages
-// each take 14, 14, 6 and 2 us less than 132 with all stages for 96, 128, 160 and 192 tokens; 4 more for 256.)
+// each take 14, 14, 6 and 2 us less than 132 with all stages for 96, 128, 160 and 192 tokens; 4 more for
+// 256.)
 #pragma once
 
 #include <cstdint>
@@ -47,7 +48,7 @@ struct GemmTile {
 };
 
 struct GemmSchedule {
-  int num_ctas;     // of the launch
+  int num_ctas;  // of the launch
   int num_blocks;
   int num_columns;  // of tile_tokens
   int num_full;     // tiles of tile_tokens; the other num_blocks * num_columns - num_full are cut

@@ -2,9 +2,9 @@
 // The linear of many tokens, tensor-core bound: 2 T N K operations. Weight rows are wgmma's M, as in
 // packed_linear_kernel.cuh, and the packed weights are the same.
 //
-// Grid: one CTA on each SM or fewer, which stays for the whole launch (gemm_schedule.h says what each computes). A tile is
-// 128 rows x up to 256 tokens. A producer thread fills the ring, two warpgroups multiply 64 rows x all tokens
-// each.
+// Grid: one CTA per SM, or fewer, which stays for the whole launch (gemm_schedule.h says what each computes).
+// A tile is 128 rows x up to 256 tokens. A producer thread fills the ring, two warpgroups multiply 64 rows x
+// all tokens each.
 //
 // Clusters of two CTAs that load activations for each other were no faster on an H100, at 128 to 2,048 tokens.
 #pragma once
@@ -223,7 +223,8 @@ struct GemmConsumer {
   template <int kHalves>
   __device__ __forceinline__ void make(const GemmTile& tile, const TileScales<C>& scales, bool rehearses) {
     Accumulators<C> r_acc;
-    if (!rehearses) multiplier.template multiply<kHalves>(r_acc, k_tiles, output);
+    if (!rehearses)  // else r_acc may be anything
+      multiplier.template multiply<kHalves>(r_acc, k_tiles, output);
     ptx::wait_for_copies<0>();
     ptx::barrier_sync(output.barrier, kWarpgroupThreads);  // the scales are there
     output.template take<kHalves>(r_acc, scales, first_row(tile), rehearses ? p.num_tokens : tile.token,

@@ -293,8 +293,8 @@ __device__ __forceinline__ void store_output(LinearSmem<C>& s, const CUtensorMap
                        kFirstWarpgroup + warpgroup};
   ptx::wait_for_copies<0>();
   ptx::barrier_sync(output.barrier, kWarpgroupThreads);  // the scales are there
-  output.template take<2>(r_acc, s.scales.tile[warpgroup][block % 2], warpgroup_row(block, warpgroup),
-                          token, thread);
+  output.template take<2>(r_acc, s.scales.tile[warpgroup][block % 2], warpgroup_row(block, warpgroup), token,
+                          thread);
   output.store(thread);
 }
 
