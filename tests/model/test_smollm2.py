@@ -77,7 +77,7 @@ def test_greedy_tokens_equal_transformers(llm, peer):
 def test_greedy_tokens_on_a_gpu_equal_the_cpu_backend(llm, folder):
     """BF16 there, FP32 here: sequences may part where two tokens are nearly tied."""
     params = SamplingParams(max_tokens=NUM_TOKENS, temperature=0, ignore_eos=True, logprobs=5)
-    with LLM(str(folder), device="cuda", max_model_len=512) as gpu:
+    with LLM(str(folder), device="cuda", dtype="bfloat16", max_model_len=512) as gpu:
         found = [r.outputs[0] for r in gpu.generate(PROMPTS, params)]
     want = [r.outputs[0] for r in llm.generate(PROMPTS, params)]
     for mine, theirs in zip(found, want, strict=True):

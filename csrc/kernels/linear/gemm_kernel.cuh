@@ -254,6 +254,7 @@ struct GemmConsumer {
       if (i < 0) {
         wait_for_predecessor();
         if (p.out_scale && thread == 0) s.out_scale[warpgroup] = *p.out_scale;
+        ptx::barrier_sync(output.barrier, kWarpgroupThreads);  // the scale is there
       }
     }
     if (thread == 0) ptx::wait_for_stores();
