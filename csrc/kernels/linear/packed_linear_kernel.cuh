@@ -295,7 +295,10 @@ __device__ __forceinline__ void store_output(LinearSmem<C>& s, const CUtensorMap
   ptx::barrier_sync(output.barrier, kWarpgroupThreads);  // the scales are there
   output.template take<2>(r_acc, s.scales.tile[warpgroup][block % 2], warpgroup_row(block, warpgroup), token,
                           thread);
-  output.store(thread);
+  if constexpr (C::kRehearses)
+    output.store_or_rehearse(thread);
+  else
+    output.store(thread);
 }
 
 template <class C>

@@ -164,8 +164,12 @@ struct TileOutput {
     next_piece();
   }
 
-  // (Also if nothing is left: a rehearsal.)
   __device__ __forceinline__ void store(int thread) {
+#pragma unroll 1
+    while (num_boxes > 0) store_piece(thread);
+  }
+  // The same, but runs through the code also where nothing is left.
+  __device__ __forceinline__ void store_or_rehearse(int thread) {
 #pragma unroll 1
     do store_piece(thread);
     while (num_boxes > 0);
