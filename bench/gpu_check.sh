@@ -93,6 +93,7 @@ run_benches() {
   step 120 bench_cpp build/cmake/bench_rms_norm
   step 120 bench_cpp_linear build/cmake/bench_packed_linear
   step 120 bench_cpp_attention build/cmake/bench_attention
+  step 120 bench_cpp_step build/cmake/bench_step
   for bench in bench/bench_*.py; do
     family=$(basename "$bench" .py)
     [ "$family" = bench_decode_step ] || step 300 "$family" "$PYTHON" "$bench" --out "$OUT/${family#bench_}.json"
