@@ -10,11 +10,11 @@
 // read few different weights and few different activations, and L2 serves the rest. Where the last round of
 // full tiles would leave more than half of the CTAs idle, its tiles are cut into halves.
 //
-// Of few tokens, reading the weights takes longer than the products, and fewer CTAs read as fast as all. What
-// counts then is that all read the same activations at about the same time: they get equally many tiles, and
-// do not read as far ahead as they could. (gate_up of 28,672 on an H100, 448 blocks: 112 CTAs with 4 stages
-// each take 14, 14, 6 and 2 us less than 132 with all stages for 96, 128, 160 and 192 tokens; 4 more for
-// 256.)
+// With few tokens in a single column, reading the weights bounds the time, and somewhat fewer CTAs read as
+// fast as all. What counts then is that they read the same activations at about the same time: each gets
+// equally many tiles, and reads less far ahead than it could. (An H100, zeros: gate_up of 28,672, 448 blocks,
+// takes 14, 14, 6 and 2 us less with 112 CTAs and 4 stages than with 132 and all stages for 96, 128, 160 and
+// 192 tokens, 4 more for 256. 224 and 280 blocks take as long with 112 and 94 CTAs as with 132.)
 #pragma once
 
 #include <cstdint>
@@ -37,9 +37,8 @@ constexpr int gemm_tile_tokens(int num_tokens) {
   return best;
 }
 
-// Up to so many tokens the weights count. One tile has them all.
-constexpr int kMaxReadBoundTokens = 192;
-constexpr int kReadBoundStages = 4;
+constexpr int kMaxReadBoundTokens = 192;  // up to which reading the weights bounds the time
+constexpr int kReadBoundStages = 4;       // of the ring, then: k tiles that a CTA reads ahead
 
 struct GemmTile {
   int block;       // of the weight

@@ -165,7 +165,7 @@ def test_cuda_epilogues(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("tokens", [1, 64, 300])
+@pytest.mark.parametrize("tokens", [1, 64, 100, 200, 300])
 def test_cuda_graph_replays_with_new_inputs(tokens: int) -> None:
     """A chain of linears, each on the result of the one before, which overlap; against one at a time."""
     layers = [make(1536, 576, torch.bfloat16, "cuda"), make(576, 1536, torch.bfloat16, "cuda")] * 4
@@ -188,6 +188,31 @@ def test_cuda_graph_replays_with_new_inputs(tokens: int) -> None:
         x.copy_(torch.randn_like(x))
         graph.replay()
         compare.assert_bit_equal(out, chain(x, synchronize=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [32, 64, 100, 200, 300])
+def test_cuda_waits_for_scales_of_the_kernel_before(tokens: int) -> None:
+    """A norm gives each row its scale while the linear that reads them has started."""
+    inputs, norm = make(1536, 576, FP8, "cuda"), torch.ones(576, dtype=torch.bfloat16, device="cuda")
+    rows = torch.randn(tokens, 576, dtype=torch.bfloat16, device="cuda")
+
+    def step(*, synchronize: bool) -> Tensor:
+        x, x_scale = ops.rms_norm_fp8_per_token(rows, norm, 1e-5)
+        if synchronize:
+            torch.cuda.synchronize()
+        scales = {"x_scale": x_scale, "weight_scale": inputs.weight_scale}
+        return ops.packed_linear(x, inputs.packed, len(inputs.weight), inputs.workspace, **scales)
+
+    step(synchronize=True)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = step(synchronize=False)
+    for seed in range(3):
+        torch.manual_seed(seed)
+        rows.copy_(torch.randn_like(rows))
+        graph.replay()
+        compare.assert_bit_equal(out, step(synchronize=True))
 
 
 @pytest.mark.gpu

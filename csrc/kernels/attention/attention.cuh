@@ -18,10 +18,9 @@ namespace attn {
 constexpr int kMaxTiles = 4096;
 constexpr int kMaxCtasPerSm = 2;
 // Up to so many pairs leave room for the next kernel on each SM: attention is short, or one CTA an SM reads
-// as fast as two. (An H100, BF16, between linears: 8 sequences of 1,024 tokens take 16.9 us, with two CTAs
-// 19.7; 16 of 2,048 take 51.7 and 55.6 us; of 64 it is the same; 128 of 1,024 take 222 and 193 us. e4m3, a
-// step's linears, norms and attention: 4, 8 and 12 of 128 take 0.19 ms less, as long as before of 2,048 to
-// 8,192; 16 take 0.02 ms more, 32 of 128 0.18 ms.)
+// as fast as two. (An H100, 8 KV heads, one CTA an SM / two. BF16, between linears: 8 sequences of 1,024
+// tokens 16.9 / 19.7 us, 16 of 2,048 51.7 / 55.6, 128 of 1,024 222 / 193. e4m3, a step with weights of zero:
+// one is 0.2 ms faster for 4 to 12 sequences of 128, the same for them of 8,192, 0.2 slower for 32 of 128.)
 constexpr int few_pairs(bool fp8) { return fp8 ? 96 : 256; }
 
 template <class C>
@@ -242,11 +241,12 @@ struct Worker {
     }
   }
 
-  // The first new token in this warp's share, too: others, if any, are in the same step.
+  // Starts loading q and the first of the pair's new tokens in this warp's share. (There are at most 8 new
+  // ones: a warp has all of its in one step.)
   __device__ __forceinline__ void start_pair(const Line& line, const Leaf& leaf) {
     const Tile& tile = line.tiles[leaf.tile];
     if (p.append.k != nullptr) {
-      const int position = WarpPages::first_token_from(tile.num_old());
+      const int position = WarpPages::first_token_from(max(tile.num_old(), 0));
       if (position < tile.length) new_token.load(p, tile, leaf.head, position);
     }
     queries.load(p, config, tile, leaf.head);

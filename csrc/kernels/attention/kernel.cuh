@@ -74,10 +74,10 @@ struct Config {
   static constexpr int kSlotTokens = kSlotBytes / kRowBytes;
   static constexpr int kUnitSlots = kStepTokens / kSlotTokens;  // a unit: K or V of a step
   static constexpr int kPhases = 2 * kUnitSlots;                // slots of a step
-  // The stack takes 20 or 41 KB: so two CTAs fit an SM, or one and the next linear. Two that read e4m3 do not
-  // get it sooner for asking earlier: with a short ring they leave room for the next linear. In a long one a
-  // CTA has all that it reads of a single short sequence. (Between linears, of 1,024 tokens each: 64
-  // sequences 61 us with a short ring, 65 with a long one; a single one 8.3 and 6.7 us.)
+  // The stack takes 20 or 41 KB: so two CTAs fit an SM, or one and the next linear. Two that read e4m3 gain
+  // nothing from a deeper ring, and a short one leaves room for the next linear; in a long one a CTA has all
+  // that it reads of a single short sequence. (An H100, between linears, of 1,024 tokens each: 64 sequences
+  // 61 us with a short ring, 65 with a long one; a single one 8.3 and 6.7 us.)
   static constexpr int kRingBytes = (kShortRing_ ? 48 : kTilesN == 1 ? 80 : 64) * 1024;
   static constexpr int kSlots = kRingBytes / kWarps / kSlotBytes;
   static_assert(kSlots >= 2 * kUnitSlots);

@@ -6,7 +6,8 @@
 // A tile is 128 rows x up to 256 tokens. A producer thread fills the ring, two warpgroups multiply 64 rows x
 // all tokens each.
 //
-// Clusters of two CTAs that load activations for each other were no faster on an H100, at 128 to 2,048 tokens.
+// Clusters of two CTAs that load activations for each other were no faster on an H100, at 128 to 2,048
+// tokens.
 #pragma once
 
 #include <algorithm>
@@ -26,7 +27,7 @@
 namespace nf {
 namespace {
 
-// kTokens_: of a full tile. kRehearses_: GemmConsumer::run().
+// kTokens_: of a full tile. kRehearses_: see GemmConsumer::run().
 template <class Element_, int kTokens_, bool kRehearses_>
 struct GemmConfig {
   using Element = Element_;
@@ -49,6 +50,10 @@ struct GemmConfig {
   static constexpr bool kFolds = sizeof(Element) == 1;
   static constexpr int kFoldTiles = 32;
 };
+
+// With more, a rehearsal (GemmConsumer::run) costs 2-3 % on an H100. A kernel of its own, because ptxas
+// serialises the products in some sizes where one kernel decides at run time.
+constexpr int kMaxRehearsedTokens = 256;
 
 constexpr int kConsumerWarps = 2 * kWarpgroupThreads / kWarpSize;
 constexpr int kThreads = 3 * kWarpgroupThreads;  // of the last warpgroup one thread produces
@@ -224,8 +229,9 @@ struct GemmConsumer {
   template <int kHalves>
   __device__ __forceinline__ void make(const GemmTile& tile, const TileScales<C>& scales, bool rehearses) {
     Accumulators<C> r_acc;
-    if (!rehearses)  // else r_acc may be anything
-      multiplier.template multiply<kHalves>(r_acc, k_tiles, output);
+    // Else r_acc is whatever it is. (Given values, even by an empty asm statement, ptxas has too few
+    // registers and serialises the products.)
+    if (!rehearses) multiplier.template multiply<kHalves>(r_acc, k_tiles, output);
     ptx::wait_for_copies<0>();
     ptx::barrier_sync(output.barrier, kWarpgroupThreads);  // the scales are there
     output.template take<kHalves>(r_acc, scales, first_row(tile), rehearses ? p.num_tokens : tile.token,
@@ -236,9 +242,8 @@ struct GemmConsumer {
     return tile.block * kBlockRows + warpgroup * kTileRows;
   }
 
-  // With few tokens, a rehearsal comes first: the code after the products runs once without any, for what lies
-  // beyond the last token. So it comes into the instruction cache while the first copies are under way. (With
-  // 2,048 tokens it makes all linears 1.5 % slower, in part because the compiler finds another order.)
+  // With few tokens, a rehearsal comes first: the code behind the products runs once without any, for what
+  // lies beyond the last token. So it comes into the instruction cache while the first copies are under way.
   __device__ __forceinline__ void run(const GemmSchedule& schedule) {
     if constexpr (C::kRehearses)
       rehearse_and_run(schedule);
@@ -351,7 +356,7 @@ template <class Element>
 void launch_gemm(const PackedLinearParams& p, cudaStream_t stream) {
   static_assert(kMinTileTokens == 96 && kMaxTileTokens == 256 && kTileTokensStep == 32);
   dispatch<96, 128, 160, 192, 224, 256>("tile_tokens", gemm_tile_tokens(p.num_tokens), [&](auto tokens) {
-    if (p.num_tokens <= kMaxTileTokens)
+    if (p.num_tokens <= kMaxRehearsedTokens)
       launch_gemm_of<GemmConfig<Element, tokens, true>>(p, stream);
     else
       launch_gemm_of<GemmConfig<Element, tokens, false>>(p, stream);

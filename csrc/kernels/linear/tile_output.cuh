@@ -173,7 +173,7 @@ struct TileOutput {
 #pragma unroll 1
     do store_piece(thread);
     while (num_boxes > 0);
-    num_boxes = 0;
+    num_boxes = 0;  // not -2
   }
 
  private:
