@@ -9,6 +9,7 @@
 #include <cstdlib>
 #include <vector>
 
+#include "device_data.h"
 #include "graph_timer.h"
 #include "kernels/attention/attention.h"
 #include "kernels/common/check.h"
@@ -38,13 +39,6 @@ __global__ void fill(uint32_t* words, size_t size) {
     v = (v ^ v >> 30) * 0xBF58476D1CE4E5B9ull;
     words[i] = uint32_t(v ^ v >> 31) & 0xbfbfbfbfu;
   }
-}
-
-template <class T>
-T* allocate(size_t size) {
-  void* p;
-  NF_CUDA(cudaMalloc(&p, size * sizeof(T)));
-  return static_cast<T*>(p);
 }
 
 struct Bench {

@@ -3,6 +3,7 @@
 
 import copy
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -45,6 +46,14 @@ def test_super_49b():
     assert len(checkpoint_shapes(config)) == 568
     assert config.rope_scaling == Llama3Scaling(8.0, 1.0, 4.0, 8192) and config.rope_theta == 500_000.0
     assert config.eos_token_ids == (128001, 128008, 128009) and config.head_dim == 128
+
+
+def test_bench_step_has_the_blocks_of_super_49b() -> None:
+    source = (CONFIGS.parent.parent / "bench/cpp/bench_step.cu").read_text()
+    runs = re.findall(r"\{(\d+), (true|false), (\d+)\}", source)
+    found = [(attends == "true", int(width)) for count, attends, width in runs for _ in range(int(count))]
+    blocks = ModelConfig.from_hf(raw("super-49b-v1")).blocks
+    assert found == [(isinstance(b.mixer, Attention), b.ffn.width) for b in blocks]
 
 
 def test_ultra_253b():

@@ -51,7 +51,8 @@ struct GemmConfig {
   static constexpr int kFoldTiles = 32;
 };
 
-// With more, a rehearsal (GemmConsumer::run) costs 2-3 % on an H100. A kernel of its own, because ptxas
+// With more, a rehearsal (GemmConsumer::run) costs time: of all linears of a step of 2,048 tokens 1.7 % with
+// zeros and 2.6 % with weights like vLLM's dummies, on an H100. A kernel of its own, because ptxas
 // serialises the products in some sizes where one kernel decides at run time.
 constexpr int kMaxRehearsedTokens = 256;
 
