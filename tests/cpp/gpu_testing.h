@@ -13,6 +13,8 @@
 
 namespace testing {
 
+// What fills it has arrived when the call returns: kernels run on streams that do not wait for the default
+// one.
 template <class T>
 class DeviceArray {
  public:
@@ -21,14 +23,19 @@ class DeviceArray {
   }
   explicit DeviceArray(const std::vector<T>& host) : DeviceArray(host.size()) {
     NF_CUDA(cudaMemcpy(data_, host.data(), size_ * sizeof(T), cudaMemcpyHostToDevice));
+    wait();
   }
   ~DeviceArray() { cudaFree(data_); }
   DeviceArray(const DeviceArray&) = delete;
   DeviceArray& operator=(const DeviceArray&) = delete;
   T* get() const { return data_; }
-  void fill(int byte) const { NF_CUDA(cudaMemset(data_, byte, size_ * sizeof(T))); }
+  void fill(int byte) const {
+    NF_CUDA(cudaMemset(data_, byte, size_ * sizeof(T)));
+    wait();
+  }
   void copy_from(const DeviceArray& other) const {
     NF_CUDA(cudaMemcpy(data_, other.data_, size_ * sizeof(T), cudaMemcpyDeviceToDevice));
+    wait();
   }
   std::vector<T> read() const {
     std::vector<T> host(size_);
@@ -37,6 +44,8 @@ class DeviceArray {
   }
 
  private:
+  static void wait() { NF_CUDA(cudaStreamSynchronize(nullptr)); }
+
   T* data_ = nullptr;
   size_t size_;
 };
