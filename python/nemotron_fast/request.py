@@ -74,6 +74,11 @@ class Request:
         return self.num_tokens + self.in_flight
 
     @property
+    def can_stop(self) -> bool:
+        """Whether anything but max_tokens may end it."""
+        return bool(self.stop_ids or self.params.stop)
+
+    @property
     def sample_index(self) -> int:
         """Which of the output's tokens the newest step in flight samples."""
         return len(self.output) + self.in_flight - 1

@@ -15,7 +15,7 @@ import time
 from collections import deque
 from dataclasses import dataclass
 
-from nemotron_fast.admission import OutputLengths, peak_pages
+from nemotron_fast.admission import OutputLengths, Waves, peak_pages
 from nemotron_fast.errors import CapacityError
 from nemotron_fast.pages import PAGE_SIZE, PagePool, page_key, pages_for
 from nemotron_fast.request import Request, Status
@@ -59,6 +59,7 @@ class Scheduler:
         self.num_found = 0  # and those it had
         self.num_preempted = 0  # times a request gave its pages back
         self.output_lengths = OutputLengths()
+        self.waves = Waves()
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []  # in order of arrival
 
@@ -79,6 +80,7 @@ class Scheduler:
                 "lower max_tokens, or give the engine more memory or an FP8 KV cache"
             )
         self.waiting.append(request)
+        self.waves.add(request)
 
     def next(self) -> list[Chunk]:
         """Plan the next step; empty if there is no work, or none before a token in flight is known."""
@@ -122,10 +124,12 @@ class Scheduler:
         """
         if request in self.running:
             self.running.remove(request)
+            self.waves.remove(request)
             if request.finish_reason in ("stop", "length"):
                 self.output_lengths.learn(request)
         elif request in self.waiting:
             self.waiting.remove(request)
+            self.waves.remove(request)
         self._release(request)
 
     def check(self) -> None:
@@ -136,11 +140,14 @@ class Scheduler:
     def _admit(self, budget: int) -> list[Chunk]:
         """Start waiting requests that the pool holds whole, as they are now and probably to their ends."""
         chunks = []
+        most_alone = self.waves.most_running(self.running, self.max_num_seqs, self.pages.num_pages)
         while self.waiting and budget and len(self.running) < self.max_num_seqs:
             request = self.waiting[0]
             shared = self._find_prefix(request)
             own = pages_for(request.num_tokens) - len(shared)
             if request.in_flight or not self.pages.can_hold(shared, own) or not self._has_room_later(request, shared):
+                break
+            if not shared and len(self.running) >= most_alone:
                 break
             self.waiting.popleft()
             self._start(request, shared)

@@ -151,6 +151,39 @@ def test_short_outputs_do_not_make_long_limits_expected():
     assert len(scheduler.running) == 8
 
 
+def most_running(scheduler: Scheduler) -> int:
+    most = 0
+    while scheduler.has_work:
+        run_step(scheduler)
+        most = max(most, len(scheduler.running))
+    assert not scheduler.waves.lengths and not scheduler.waves.num_tokens
+    return most
+
+
+@pytest.mark.parametrize(
+    ("count", "most"),
+    [(16, 8), (9, 9), (10, 5), (19, 7)],  # 9 fit
+)
+def test_requests_of_one_length_run_in_level_waves(count, most):
+    def scheduler_of(stop_ids=frozenset(), odd_length=0, **options):
+        requests = [make_request(n, 60, 60, stop_ids, **options) for n in range(count)]
+        requests[-1].max_tokens += odd_length
+        return make_scheduler(22, *requests, max_num_seqs=99, max_batched_tokens=2048)
+
+    assert most_running(scheduler_of()) == most
+    for full in (scheduler_of(odd_length=1), scheduler_of(frozenset({9})), scheduler_of(stop=("x",))):
+        assert most_running(full) >= 9
+
+
+def test_waves_are_not_awaited_by_those_that_come_later():
+    scheduler = make_scheduler(22, *(make_request(n, 60, 60, frozenset()) for n in range(4)), max_num_seqs=99)
+    for n in range(4, 16):
+        for _ in range(5):
+            run_step(scheduler)
+        scheduler.add(make_request(n, 60, 60, frozenset()))
+    assert most_running(scheduler) > 8
+
+
 def test_a_shared_beginning_is_counted_once():
     prompt = [5] * 640
     first = make_request(0, [*prompt, 1], 20, stop_ids=frozenset())
