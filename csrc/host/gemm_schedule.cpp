@@ -26,7 +26,8 @@ GemmSchedule make_gemm_schedule(int num_blocks, int num_tokens, int max_ctas, in
                      .num_full = num_full,
                      .num_tiles = num_full + num_half,
                      .tile_tokens = tile_tokens,
-                     .max_stages = INT_MAX};
+                     .max_stages = INT_MAX,
+                     .in_three_quarters = false};
   if (num_tokens <= std::min(tile_tokens, kMaxReadBoundTokens) && num_full > max_ctas) {
     const int rounds = (num_full + max_ctas - 1) / max_ctas;
     whole.num_ctas = (num_full + rounds - 1) / rounds;
@@ -36,7 +37,15 @@ GemmSchedule make_gemm_schedule(int num_blocks, int num_tokens, int max_ctas, in
   GemmSchedule cut = whole;
   const int num_last = num_full % max_ctas;
   cut.num_full -= num_last, cut.num_tiles += num_last;
-  return cut.rounds() < whole.rounds() ? cut : whole;
+  GemmSchedule best = cut.quarters() < whole.quarters() ? cut : whole;
+  if (num_columns == 1 && !has_half_column && num_tokens > kMaxReadBoundTokens) {
+    GemmSchedule three_quarters = whole;
+    three_quarters.num_full = 0, three_quarters.in_three_quarters = true;
+    const int num_half_blocks = 2 * num_blocks;
+    three_quarters.num_tiles = num_half_blocks / 3 * 2 + num_half_blocks % 3;
+    if (three_quarters.quarters() < best.quarters()) best = three_quarters;
+  }
+  return best;
 }
 
 }  // namespace nf

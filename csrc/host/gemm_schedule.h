@@ -2,8 +2,8 @@
 // Which CTA multiplies what when there are many tokens.
 //
 // A CTA stays for the whole launch. It works on one tile at a time: a block of the packed weight (128 rows)
-// times 96 to 256 tokens, or half as many, with all of K. So a result's bits do not depend on the number of
-// tokens, nor on the GPU.
+// times 96 to 256 tokens, or half as many, with all of K. Each of its two warpgroups multiplies a half of the
+// block (64 rows). So a result's bits do not depend on the number of tokens, nor on the GPU.
 //
 // Tiles are dealt out in order, i to CTA i % num_ctas. Full tiles come first, in groups of 8 columns of
 // tokens; in a group block by block, and for a block column by column: the CTAs that run at the same time
@@ -15,6 +15,10 @@
 // equally many tiles, and reads less far ahead than it could. (An H100, zeros: gate_up of 28,672, 448 blocks,
 // takes 14, 14, 6 and 2 us less with 112 CTAs and 4 stages than with 132 and all stages for 96, 128, 160 and
 // 192 tokens, 4 more for 256. 224 and 280 blocks take as long with 112 and 94 CTAs as with 132.)
+//
+// With more tokens in a single column, products bound the time, and tiles of three quarters may end sooner:
+// of three halves of blocks two CTAs multiply one each by all tokens, and the third by half of the tokens
+// each. (N = 10,240 and 256 tokens: 107 CTAs instead of 80.)
 #pragma once
 
 #include <cstdint>
@@ -41,9 +45,13 @@ constexpr int kMaxReadBoundTokens = 192;  // up to which reading the weights bou
 constexpr int kReadBoundStages = 4;       // of the ring, then: k tiles that a CTA reads ahead
 
 struct GemmTile {
-  int block;       // of the weight
-  int token;       // the first
-  int num_halves;  // of tile_tokens / 2
+  // What a warpgroup multiplies.
+  struct Part {
+    int half_block;  // 64 rows of the weight; may lie beyond the last block
+    int token;       // the first
+    int num_halves;  // of tile_tokens / 2
+  } part[2];
+  constexpr bool is_full() const { return part[0].num_halves == 2; }  // as to tokens
 };
 
 struct GemmSchedule {
@@ -53,25 +61,38 @@ struct GemmSchedule {
   int num_full;     // tiles of tile_tokens; the other num_blocks * num_columns - num_full are cut
   int num_tiles;    // all of them
   int tile_tokens;
-  int max_stages;  // of the ring that a CTA uses, each a k tile
+  int max_stages;          // of the ring that a CTA uses, each a k tile
+  bool in_three_quarters;  // are all tiles such?
 
   constexpr GemmTile tile(int i) const {
+    if (in_three_quarters) {
+      const int first = i / 2 * 3, side = i % 2;
+      return {{{first + side, 0, 2}, {first + 2, side * (tile_tokens / 2), 1}}};
+    }
     constexpr int kGroup = 8;
     const int cut = i - num_full, num_cut = num_blocks * num_columns - num_full;
     if (cut >= 2 * num_cut)
-      return {cut - 2 * num_cut, num_columns * tile_tokens, 1};  // behind the last column
+      return of_block(cut - 2 * num_cut, num_columns * tile_tokens, 1);  // behind the last column
     const int full = cut < 0 ? i : num_full + cut / 2;
     const int group = full / (kGroup * num_blocks), in_group = full % (kGroup * num_blocks);
     const int left = num_columns - group * kGroup, width = left < kGroup ? left : kGroup;
     const int token = (group * kGroup + in_group % width) * tile_tokens;
-    if (cut < 0) return {in_group / width, token, 2};
-    return {in_group / width, token + cut % 2 * (tile_tokens / 2), 1};
+    if (cut < 0) return of_block(in_group / width, token, 2);
+    return of_block(in_group / width, token + cut % 2 * (tile_tokens / 2), 1);
   }
 
-  // Until the last CTA ends, in halves of a tile.
-  constexpr int rounds() const {
+  // Is no tile wider than half of tile_tokens?
+  constexpr bool is_narrow() const { return num_full == 0 && !in_three_quarters; }
+
+  // Until the last CTA ends, in quarters of a tile.
+  constexpr int quarters() const {
     const auto share = [&](int tiles) { return (tiles + num_ctas - 1) / num_ctas; };
-    return share(num_full) + share(num_tiles);
+    return in_three_quarters ? 3 * share(num_tiles) : 2 * (share(num_full) + share(num_tiles));
+  }
+
+ private:
+  static constexpr GemmTile of_block(int block, int token, int num_halves) {
+    return {{{2 * block, token, num_halves}, {2 * block + 1, token, num_halves}}};
   }
 };
 

@@ -349,7 +349,7 @@ void check_rows(Problem<T>& p, int num_tokens) {
 // The GEMM gives the bits of all SMs.
 template <class T>
 void check_few_sms(Problem<T>& p) {
-  for (int sms : {2, 6}) {
+  for (int sms : {2, 4, 6}) {
     for (int t : {17, 64, 65, 200, 300, 600}) {
       p.pack(p.packed.get(), false);
       const auto want = p.template run<float>(t);

@@ -177,32 +177,55 @@ void test_workspace_and_tokens() {
   EXPECT_EQ(nf::linear_workspace_bytes(132), 132LL * 128 * 64 * 4);
 }
 
-// Each half tile is computed by one CTA, and the CTAs end at about the same time.
+// Each half of a block is multiplied by each half column of tokens once, and the CTAs end at about the same
+// time.
 void check_gemm_tiles(int ctas, int tokens, int blocks, int tile_tokens) {
   const nf::GemmSchedule s = nf::make_gemm_schedule(blocks, tokens, ctas, tile_tokens);
   const int half = tile_tokens / 2, halves = (tokens + half - 1) / half;
   EXPECT_EQ(s.num_ctas > 0 && s.num_ctas <= ctas, true);
-  std::vector<int> hits(blocks * halves + blocks), cost(s.num_ctas);
+  std::vector<int> hits(2 * blocks * (halves + 1)), cost(s.num_ctas);
+  bool has_full = false;
   for (int i = 0; i < s.num_tiles; ++i) {
     const nf::GemmTile tile = s.tile(i);
-    EXPECT_EQ(tile.block >= 0 && tile.block < blocks, true);
-    EXPECT_EQ(tile.token % half == 0 && tile.token >= 0 && tile.token < tokens, true);
-    cost[i % s.num_ctas] += tile.num_halves;
-    for (int h = 0; h < tile.num_halves; ++h) ++hits.at(tile.block * halves + tile.token / half + h);
+    for (int w : {0, 1}) {
+      const auto& part = tile.part[w];
+      EXPECT_EQ(part.half_block >= 0 && (part.half_block < 2 * blocks || (w == 1 && s.in_three_quarters)),
+                true);
+      EXPECT_EQ(part.token % half == 0 && part.token >= 0 && part.token < tokens, true);
+      // What is loaded for the first covers the second.
+      const int offset = part.token - tile.part[0].token;
+      EXPECT_EQ(offset >= 0 && offset + part.num_halves * half <= tile.part[0].num_halves * half, true);
+      if (!s.in_three_quarters) EXPECT_EQ(part.half_block, tile.part[0].half_block / 2 * 2 + w);
+      cost[i % s.num_ctas] += part.num_halves;
+      if (part.half_block >= 2 * blocks) continue;
+      for (int h = 0; h < part.num_halves; ++h)
+        ++hits.at(part.half_block * (halves + 1) + part.token / half + h);
+    }
+    has_full |= tile.is_full();
   }
-  EXPECT_EQ(std::count(hits.begin(), hits.end(), 1), std::ptrdiff_t(blocks) * halves);
-  EXPECT_EQ(*std::max_element(cost.begin(), cost.end()), s.rounds());
+  EXPECT_EQ(std::count(hits.begin(), hits.end(), 1) >= std::ptrdiff_t(2) * blocks * halves, true);
+  EXPECT_EQ(*std::max_element(hits.begin(), hits.end()), 1);
+  EXPECT_EQ(*std::max_element(cost.begin(), cost.end()), s.quarters());
+  EXPECT_EQ(s.is_narrow(), !has_full);
 }
 
 void test_gemm_tiles() {
   for (int ctas : {1, 108, 132})
-    for (int tokens : {1, 128, 129, 256, 257, 300, 384, 385, 2048, 2100, 8192, 8200})
-      for (int blocks : {1, 5, 44, 64, 88, 448})
-        for (int tile_tokens : {96, 160, 256}) check_gemm_tiles(ctas, tokens, blocks, tile_tokens);
-  EXPECT_EQ(nf::make_gemm_schedule(64, 2048, 132, 256).rounds(), 8);
-  EXPECT_EQ(nf::make_gemm_schedule(88, 2048, 132, 256).rounds(), 11);  // 5 rounds of full tiles, 1 of halves
-  EXPECT_EQ(nf::make_gemm_schedule(64, 256, 132, 256).rounds(), 1);
-  EXPECT_EQ(nf::make_gemm_schedule(448, 256, 132, 256).rounds(), 7);
+    for (int tokens : {1, 128, 129, 200, 256, 257, 300, 384, 385, 2048, 2100, 8192, 8200})
+      for (int blocks : {1, 5, 44, 64, 67, 88, 280, 448})
+        for (int tile_tokens : {96, 160, 224, 256}) check_gemm_tiles(ctas, tokens, blocks, tile_tokens);
+  EXPECT_EQ(nf::make_gemm_schedule(64, 2048, 132, 256).quarters(), 16);
+  EXPECT_EQ(nf::make_gemm_schedule(88, 2048, 132, 256).quarters(),
+            22);  // 5 rounds of full tiles, 1 of halves
+  EXPECT_EQ(nf::make_gemm_schedule(64, 256, 132, 256).quarters(), 2);
+  EXPECT_EQ(nf::make_gemm_schedule(448, 256, 132, 256).quarters(), 14);
+  for (auto [blocks, tiles] : {std::array{80, 107}, {88, 118}, {67, 90}}) {
+    const nf::GemmSchedule s = nf::make_gemm_schedule(blocks, 256, 132, 256);
+    EXPECT_EQ(s.in_three_quarters, true);
+    EXPECT_EQ(s.num_tiles, tiles);
+    EXPECT_EQ(s.quarters(), 3);
+    EXPECT_EQ(nf::make_gemm_schedule(blocks, 192, 132, 192).in_three_quarters, false);
+  }
   // Few tokens: CTAs with equally many tiles, which are not cut.
   for (auto [blocks, ctas] : {std::array{448, 112}, {133, 67}, {1002, 126}, {132, 132}, {64, 132}}) {
     const nf::GemmSchedule s = nf::make_gemm_schedule(blocks, 192, 132, 192);

@@ -27,6 +27,19 @@
 namespace nf {
 namespace {
 
+// The ring of a launch. A stage is a k tile: 128 rows of weights in two tiles, then the activations.
+struct RingShape {
+  int num_stages, stage_bytes;
+  constexpr int bytes() const { return num_stages * stage_bytes; }
+};
+
+// More stages than max_stages would fit beside few tokens, but make all linears of a step slower (by 1-2 %
+// for 96 and 128 tokens on an H100).
+constexpr RingShape ring_shape(int tokens, int max_stages) {
+  const int stage_bytes = kBlockTileBytes + tokens * kTileRowBytes;
+  return {std::min(204 * 1024 / stage_bytes, max_stages), stage_bytes};
+}
+
 // kTokens_: of a full tile. kRehearses_: see GemmConsumer::run().
 template <class Element_, int kTokens_, bool kRehearses_>
 struct GemmConfig {
@@ -35,10 +48,10 @@ struct GemmConfig {
   static constexpr int kTokens = kTokens_;
   static constexpr int kHalfTokens = kTokens / 2;
   static constexpr int kHalfBytes = kHalfTokens * kTileRowBytes;  // of a k tile of activations
-  static constexpr int kStageBytes = kBlockTileBytes + kTokens * kTileRowBytes;
-  // More stages would fit beside narrow tiles, but make all linears of a step slower (by 1-2 % for 96 and 128
-  // tokens on an H100).
-  static constexpr int kStages = std::min(204 * 1024 / kStageBytes, 5);
+  static constexpr RingShape kRing = ring_shape(kTokens, 5),
+                             kNarrowRing = ring_shape(kHalfTokens, kTokens > kMaxReadBoundTokens ? 6 : 5);
+  static constexpr int kRingBytes = std::max(kRing.bytes(), kNarrowRing.bytes());
+  static constexpr int kMaxStages = std::max(kRing.num_stages, kNarrowRing.num_stages);
   static constexpr int kStagings = 2;
   static_assert(kTokens % kTileTokensStep == 0 && kHalfTokens % kBoxTokens == 0);
 
@@ -63,22 +76,21 @@ enum NamedBarrier { kAllThreads, kFirstWarpgroup };  // kFirstWarpgroup + i is w
 
 template <class C>
 struct GemmSmem {
-  struct Stage {
-    alignas(1024) uint8_t weight[2][kTileBytes];  // [warpgroup], 64 swizzled rows
-    alignas(1024) uint8_t x[2][C::kHalfBytes];    // [half], swizzled rows
-  } stage[C::kStages];
+  // Stages: [warpgroup] weights, kTileBytes each, 64 swizzled rows; [half] x, C::kHalfBytes each, swizzled
+  // rows
+  alignas(1024) uint8_t ring[C::kRingBytes];
   alignas(1024) Staging staging[2][2];  // [warpgroup], two pieces: while one is stored, the next is written
   TileScales<C> scales[2][2];           // [warpgroup], of two tiles: the last one's may still be read
   Divisor out_scale[2];                 // [warpgroup]
-  alignas(8) uint64_t full[C::kStages], empty[C::kStages];
+  alignas(8) uint64_t full[C::kMaxStages], empty[C::kMaxStages];
 };
 
 struct GemmRing {
-  const int num_stages;
+  const RingShape& shape;
   int stage = 0;
   uint32_t parity = 0;
   __device__ __forceinline__ void advance() {
-    if (++stage == num_stages) stage = 0, parity ^= 1;
+    if (++stage == shape.num_stages) stage = 0, parity ^= 1;
   }
 };
 
@@ -102,47 +114,62 @@ struct GemmProducer {
   const CUtensorMap &x_map, &out_map;
   const PackedLinearParams& p;
   const GemmSchedule& schedule;
-  const int k_tiles, num_stages;
+  const int k_tiles;
+  const RingShape& shape;
   const uint64_t read_once = ptx::evict_first_policy(), read_again = ptx::evict_normal_policy();
 
   __device__ __forceinline__ void init_barriers() {
     ptx::prefetch_tensor_map(&x_map);
     if (p.out_type != OutType::kFloat) ptx::prefetch_tensor_map(&out_map);
-    for (int i = 0; i < C::kStages; ++i) {
+    for (int i = 0; i < C::kMaxStages; ++i) {
       ptx::mbarrier_init(&s.full[i], 1);
       ptx::mbarrier_init(&s.empty[i], kConsumerWarps);
     }
     ptx::fence_mbarrier_init();
   }
 
-  __device__ __forceinline__ void load_weight(int stage, const GemmTile& tile, int k) {
-    const int64_t packed_tile = int64_t(tile.block) * k_tiles + k;
-    ptx::mbarrier_arrive_expect(&s.full[stage], kBlockTileBytes + tile.num_halves * C::kHalfBytes);
-    ptx::bulk_load(s.stage[stage].weight, static_cast<const char*>(p.packed) + packed_tile * kBlockTileBytes,
-                   kBlockTileBytes, &s.full[stage],
-                   tile.num_halves == 2 && p.num_tokens <= C::kTokens ? read_once : read_again);
+  // Those of rows beyond the weight are read from its last half block, for nothing.
+  __device__ __forceinline__ void load_weights(int stage, const GemmTile& tile, int k) {
+    uint8_t* to = s.ring + stage * shape.stage_bytes;
+    const auto load = [&](const GemmTile::Part& part, uint8_t* to, int bytes, uint64_t policy) {
+      const int half_block = min(part.half_block, 2 * schedule.num_blocks - 1);
+      const int64_t packed_tile = (int64_t(half_block / 2) * k_tiles + k) * 2 + half_block % 2;
+      ptx::bulk_load(to, static_cast<const char*>(p.packed) + packed_tile * kTileBytes, bytes, &s.full[stage],
+                     policy);
+    };
+    ptx::mbarrier_arrive_expect(&s.full[stage], kBlockTileBytes + tile.part[0].num_halves * C::kHalfBytes);
+    const uint64_t policy =
+        tile.part[0].num_halves == 2 && p.num_tokens <= C::kTokens ? read_once : read_again;
+    if (schedule.in_three_quarters) {
+      load(tile.part[0], to, kTileBytes, policy);
+      load(tile.part[1], to + kTileBytes, kTileBytes, read_again);
+    } else {
+      load(tile.part[0], to, kBlockTileBytes, policy);
+    }
   }
   __device__ __forceinline__ void load_x(int stage, const GemmTile& tile, int k) {
-    for (int half = 0; half < tile.num_halves; ++half)
-      ptx::tensor_load(s.stage[stage].x[half], &x_map, k * (kTileRowBytes / int(sizeof(typename C::Element))),
-                       tile.token + half * C::kHalfTokens, &s.full[stage]);
+    uint8_t* to = s.ring + stage * shape.stage_bytes + kBlockTileBytes;
+    for (int half = 0; half < tile.part[0].num_halves; ++half)
+      ptx::tensor_load(to + half * C::kHalfBytes, &x_map,
+                       k * (kTileRowBytes / int(sizeof(typename C::Element))),
+                       tile.part[0].token + half * C::kHalfTokens, &s.full[stage]);
   }
 
   __device__ __forceinline__ void run() {
     if (int(blockIdx.x) >= schedule.num_tiles) return;
     GemmTile tile = schedule.tile(blockIdx.x);
-    const int num_early = min(num_stages, k_tiles);  // weights depend on no other kernel
-    for (int k = 0; k < num_early; ++k) load_weight(k, tile, k);
+    const int num_early = min(shape.num_stages, k_tiles);  // weights depend on no other kernel
+    for (int k = 0; k < num_early; ++k) load_weights(k, tile, k);
     let_successor_start();
     wait_for_predecessor();  // x is its result
     for (int k = 0; k < num_early; ++k) load_x(k, tile, k);
-    GemmRing ring{num_stages};
+    GemmRing ring{shape};
     for (int k = 0; k < num_early; ++k) ring.advance();
     ring.parity ^= 1;  // the first wait is for the first release
     for (int i = blockIdx.x, k = num_early;;) {
       for (; k < k_tiles; ++k, ring.advance()) {
         ptx::mbarrier_wait(&s.empty[ring.stage], ring.parity);
-        load_weight(ring.stage, tile, k);
+        load_weights(ring.stage, tile, k);
         load_x(ring.stage, tile, k);
       }
       i += gridDim.x;
@@ -158,6 +185,7 @@ struct Multiplier {
   GemmSmem<C>& s;
   const int warpgroup, thread;  // in the warpgroup
   GemmRing ring;
+  int x_offset = 0;  // of the activations that it multiplies by, in bytes
 
   // The stage may be filled again once all warps have read it.
   __device__ __forceinline__ void release(int stage) {
@@ -168,9 +196,9 @@ struct Multiplier {
   template <int kHalves>
   __device__ __forceinline__ void start_products(Accumulators<C>& r_acc, bool accumulate) {
     constexpr typename C::Element kTag{};
-    const auto& stage = s.stage[uniform(ring.stage)];
-    const uint64_t weight = ptx::wgmma_descriptor(stage.weight[warpgroup]),
-                   x = ptx::wgmma_descriptor(stage.x[0]);
+    const uint8_t* stage = s.ring + uniform(ring.stage) * ring.shape.stage_bytes;
+    const uint64_t weight = ptx::wgmma_descriptor(stage + warpgroup * kTileBytes),
+                   x = ptx::wgmma_descriptor(stage + kBlockTileBytes + x_offset);
     auto& r_used = reinterpret_cast<float (&)[kHalves * C::kHalfTokens / 2]>(r_acc);
     ptx::mbarrier_wait(&s.full[ring.stage], ring.parity);
     ptx::wgmma_fence();
@@ -228,19 +256,28 @@ struct GemmConsumer {
   TileOutput<C> output;
 
   template <int kHalves>
-  __device__ __forceinline__ void make(const GemmTile& tile, const TileScales<C>& scales, bool rehearses) {
+  __device__ __forceinline__ void make(const GemmTile::Part& part, const TileScales<C>& scales,
+                                       bool rehearses) {
     Accumulators<C> r_acc;
     // Else r_acc is whatever it is. (Given values, even by an empty asm statement, ptxas has too few
     // registers and serialises the products.)
     if (!rehearses) multiplier.template multiply<kHalves>(r_acc, k_tiles, output);
     ptx::wait_for_copies<0>();
     ptx::barrier_sync(output.barrier, kWarpgroupThreads);  // the scales are there
-    output.template take<kHalves>(r_acc, scales, first_row(tile), rehearses ? p.num_tokens : tile.token,
+    output.template take<kHalves>(r_acc, scales, first_row(part), rehearses ? p.num_tokens : part.token,
                                   here(thread));
   }
 
-  __device__ __forceinline__ int first_row(const GemmTile& tile) const {
-    return tile.block * kBlockRows + warpgroup * kTileRows;
+  __device__ __forceinline__ int first_row(const GemmTile::Part& part) const {
+    return part.half_block * kTileRows;
+  }
+
+  // Of tile i.
+  __device__ __forceinline__ GemmTile::Part start_part(const GemmSchedule& schedule, int i) {
+    const GemmTile tile = schedule.tile(i);
+    const GemmTile::Part part = warpgroup == 0 ? tile.part[0] : tile.part[1];
+    multiplier.x_offset = uniform(part.token - tile.part[0].token) * kTileRowBytes;
+    return part;
   }
 
   // With few tokens, a rehearsal comes first: the code behind the products runs once without any, for what
@@ -257,11 +294,12 @@ struct GemmConsumer {
   // Are there too few products of a tile to hide the stores of the one before behind?
   __device__ __forceinline__ bool has_few_products() const { return k_tiles <= TileOutput<C>::kPieces; }
 
-  __device__ __forceinline__ void make(const GemmTile& tile, const TileScales<C>& scales, bool rehearses) {
-    if (uniform(tile.num_halves) == 2)
-      make<2>(tile, scales, rehearses);
+  __device__ __forceinline__ void make(const GemmTile::Part& part, const TileScales<C>& scales,
+                                       bool rehearses) {
+    if (uniform(part.num_halves) == 2)
+      make<2>(part, scales, rehearses);
     else
-      make<1>(tile, scales, rehearses);
+      make<1>(part, scales, rehearses);
   }
 
   __device__ __forceinline__ void run_at_once(const GemmSchedule& schedule) {
@@ -270,11 +308,11 @@ struct GemmConsumer {
     int turn = 0;
 #pragma unroll 1
     for (int i = blockIdx.x; i < schedule.num_tiles; i += gridDim.x, turn ^= 1) {
-      const GemmTile tile = schedule.tile(i);
+      const GemmTile::Part part = start_part(schedule, i);
       TileScales<C>& scales = s.scales[warpgroup][turn];
-      scales.start_loading(p, first_row(tile), tile.token, here(thread));
+      scales.start_loading(p, first_row(part), part.token, here(thread));
       if (has_few_products()) output.store(thread);
-      make(tile, scales, false);
+      make(part, scales, false);
     }
     output.store(thread);
   }
@@ -286,10 +324,10 @@ struct GemmConsumer {
       const bool is_done = i >= schedule.num_tiles;
       if (i < 0 || is_done || has_few_products()) output.store_or_rehearse(thread);
       if (is_done) break;
-      const GemmTile tile = schedule.tile(max(i, int(blockIdx.x)));
+      const GemmTile::Part part = start_part(schedule, max(i, int(blockIdx.x)));
       TileScales<C>& scales = s.scales[warpgroup][turn];
-      if (i >= 0) scales.start_loading(p, first_row(tile), tile.token, here(thread));
-      make(tile, scales, i < 0);
+      if (i >= 0) scales.start_loading(p, first_row(part), part.token, here(thread));
+      make(part, scales, i < 0);
       if (i < 0) {
         wait_for_predecessor();
         if (p.out_scale && thread == 0) s.out_scale[warpgroup] = *p.out_scale;
@@ -305,14 +343,13 @@ template <class C>
 __global__ void __launch_bounds__(kThreads, 1)
     gemm_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ CUtensorMap out_map,
                 const __grid_constant__ PackedLinearParams p, const __grid_constant__ GemmSchedule schedule,
-                const int k_tiles) {
+                const __grid_constant__ RingShape ring, const int k_tiles) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   extern __shared__ __align__(1024) uint8_t s_bytes[];
   auto& s = *reinterpret_cast<GemmSmem<C>*>(s_bytes);
   const int warp = uniform(threadIdx.x / kWarpSize);
   const bool is_producer = threadIdx.x == kConsumerWarps * kWarpSize;
-  const int num_stages = min(C::kStages, schedule.max_stages);
-  GemmProducer<C> producer{s, x_map, out_map, p, schedule, k_tiles, num_stages};
+  GemmProducer<C> producer{s, x_map, out_map, p, schedule, k_tiles, ring};
   if (is_producer) producer.init_barriers();
   __syncthreads();  // the barriers exist
 
@@ -324,7 +361,7 @@ __global__ void __launch_bounds__(kThreads, 1)
                     k_tiles,
                     warpgroup,
                     thread,
-                    {s, warpgroup, thread, {num_stages}},
+                    {s, warpgroup, thread, {ring}},
                     {p, out_map, s.staging[warpgroup], s.out_scale[warpgroup], kFirstWarpgroup + warpgroup}}
         .run(schedule);
   } else {
@@ -347,10 +384,12 @@ void launch_gemm_of(const PackedLinearParams& p, cudaStream_t stream) {
   const PackedShape shape = packed_shape(p.num_rows, p.num_cols, kElementBytes);
   const GemmSchedule schedule =
       make_gemm_schedule(int(shape.num_blocks()), p.num_tokens, p.num_sms, C::kTokens);
+  RingShape ring = schedule.is_narrow() ? C::kNarrowRing : C::kRing;
+  ring.num_stages = std::min(ring.num_stages, schedule.max_stages);
   launch<kKernel>({.ctas = dim3(unsigned(schedule.num_ctas)),
                    .threads = kThreads,
                    .smem_bytes = int(sizeof(GemmSmem<C>))},
-                  stream, x_map, out_map(p), p, schedule, int(shape.k_tiles()));
+                  stream, x_map, out_map(p), p, schedule, ring, int(shape.k_tiles()));
 }
 
 template <class Element>
