@@ -41,8 +41,7 @@ GemmSchedule make_gemm_schedule(int num_blocks, int num_tokens, int max_ctas, in
   if (num_columns == 1 && !has_half_column && num_tokens > kMaxReadBoundTokens) {
     GemmSchedule three_quarters = whole;
     three_quarters.num_full = 0, three_quarters.in_three_quarters = true;
-    const int num_half_blocks = 2 * num_blocks;
-    three_quarters.num_tiles = num_half_blocks / 3 * 2 + num_half_blocks % 3;
+    three_quarters.num_tiles = num_blocks / 3 * 4 + (num_blocks % 3 ? num_blocks % 3 + 1 : 0);
     if (three_quarters.quarters() < best.quarters()) best = three_quarters;
   }
   return best;

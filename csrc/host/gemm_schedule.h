@@ -2,8 +2,9 @@
 // Which CTA multiplies what when there are many tokens.
 //
 // A CTA stays for the whole launch. It works on one tile at a time: a block of the packed weight (128 rows)
-// times 96 to 256 tokens, or half as many, with all of K. Each of its two warpgroups multiplies a half of the
-// block (64 rows). So a result's bits do not depend on the number of tokens, nor on the GPU.
+// times 96 to 256 tokens, or half as many, with all of K. The first of its two warpgroups multiplies the
+// first half of a block, the second the second. So a result's bits do not depend on the number of tokens, nor
+// on the GPU.
 //
 // Tiles are dealt out in order, i to CTA i % num_ctas. Full tiles come first, in groups of 8 columns of
 // tokens; in a group block by block, and for a block column by column: the CTAs that run at the same time
@@ -17,8 +18,8 @@
 // 192 tokens, 4 more for 256. 224 and 280 blocks take as long with 112 and 94 CTAs as with 132.)
 //
 // With more tokens in a single column, products bound the time, and tiles of three quarters may end sooner:
-// of three halves of blocks two CTAs multiply one each by all tokens, and the third by half of the tokens
-// each. (N = 10,240 and 256 tokens: 107 CTAs instead of 80.)
+// four CTAs share three blocks, so that each has one half of a block with all tokens and one with half of the
+// tokens. (N = 10,240 and 256 tokens: 107 CTAs instead of 80.)
 #pragma once
 
 #include <cstdint>
@@ -45,13 +46,12 @@ constexpr int kMaxReadBoundTokens = 192;  // up to which reading the weights bou
 constexpr int kReadBoundStages = 4;       // of the ring, then: k tiles that a CTA reads ahead
 
 struct GemmTile {
+  int token, num_halves;  // the first, and how many times tile_tokens / 2
   // What a warpgroup multiplies.
   struct Part {
-    int half_block;  // 64 rows of the weight; may lie beyond the last block
-    int token;       // the first
-    int num_halves;  // of tile_tokens / 2
+    int half_block;              // 64 rows of the weight; may lie beyond the last block
+    int first_half, num_halves;  // of the tile's tokens
   } part[2];
-  constexpr bool is_full() const { return part[0].num_halves == 2; }  // as to tokens
 };
 
 struct GemmSchedule {
@@ -66,8 +66,9 @@ struct GemmSchedule {
 
   constexpr GemmTile tile(int i) const {
     if (in_three_quarters) {
-      const int first = i / 2 * 3, side = i % 2;
-      return {{{first + side, 0, 2}, {first + 2, side * (tile_tokens / 2), 1}}};
+      const int block = i / 4 * 3, turn = i % 4;
+      if (turn < 2) return {0, 2, {{2 * (block + turn), 0, 2}, {2 * block + 1, turn, 1}}};
+      return {0, 2, {{2 * (block + 2), turn - 2, 1}, {2 * (block + turn - 1) + 1, 0, 2}}};
     }
     constexpr int kGroup = 8;
     const int cut = i - num_full, num_cut = num_blocks * num_columns - num_full;
@@ -92,7 +93,7 @@ struct GemmSchedule {
 
  private:
   static constexpr GemmTile of_block(int block, int token, int num_halves) {
-    return {{{2 * block, token, num_halves}, {2 * block + 1, token, num_halves}}};
+    return {token, num_halves, {{2 * block, 0, num_halves}, {2 * block + 1, 0, num_halves}}};
   }
 };
 

@@ -189,19 +189,18 @@ void check_gemm_tiles(int ctas, int tokens, int blocks, int tile_tokens) {
     const nf::GemmTile tile = s.tile(i);
     for (int w : {0, 1}) {
       const auto& part = tile.part[w];
-      EXPECT_EQ(part.half_block >= 0 && (part.half_block < 2 * blocks || (w == 1 && s.in_three_quarters)),
-                true);
-      EXPECT_EQ(part.token % half == 0 && part.token >= 0 && part.token < tokens, true);
-      // What is loaded for the first covers the second.
-      const int offset = part.token - tile.part[0].token;
-      EXPECT_EQ(offset >= 0 && offset + part.num_halves * half <= tile.part[0].num_halves * half, true);
-      if (!s.in_three_quarters) EXPECT_EQ(part.half_block, tile.part[0].half_block / 2 * 2 + w);
+      EXPECT_EQ(part.half_block >= 0 && part.half_block % 2 == w, true);
+      EXPECT_EQ(part.half_block / 2 < blocks || s.in_three_quarters, true);
+      EXPECT_EQ(part.first_half >= 0 && part.first_half + part.num_halves <= tile.num_halves, true);
+      if (!s.in_three_quarters) EXPECT_EQ(part.half_block, tile.part[0].half_block + w);
       cost[i % s.num_ctas] += part.num_halves;
-      if (part.half_block >= 2 * blocks) continue;
-      for (int h = 0; h < part.num_halves; ++h)
-        ++hits.at(part.half_block * (halves + 1) + part.token / half + h);
+      if (part.half_block / 2 >= blocks) continue;
+      EXPECT_EQ(tile.token % half == 0 && tile.token >= 0 && tile.token + part.first_half * half < tokens,
+                true);
+      for (int h = part.first_half; h < part.first_half + part.num_halves; ++h)
+        ++hits.at(part.half_block * (halves + 1) + tile.token / half + h);
     }
-    has_full |= tile.is_full();
+    has_full |= tile.num_halves == 2;
   }
   EXPECT_EQ(std::count(hits.begin(), hits.end(), 1) >= std::ptrdiff_t(2) * blocks * halves, true);
   EXPECT_EQ(*std::max_element(hits.begin(), hits.end()), 1);

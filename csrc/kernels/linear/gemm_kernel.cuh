@@ -131,28 +131,26 @@ struct GemmProducer {
   // Those of rows beyond the weight are read from its last half block, for nothing.
   __device__ __forceinline__ void load_weights(int stage, const GemmTile& tile, int k) {
     uint8_t* to = s.ring + stage * shape.stage_bytes;
-    const auto load = [&](const GemmTile::Part& part, uint8_t* to, int bytes, uint64_t policy) {
+    const auto load = [&](const GemmTile::Part& part, uint8_t* to, int bytes) {
       const int half_block = min(part.half_block, 2 * schedule.num_blocks - 1);
       const int64_t packed_tile = (int64_t(half_block / 2) * k_tiles + k) * 2 + half_block % 2;
       ptx::bulk_load(to, static_cast<const char*>(p.packed) + packed_tile * kTileBytes, bytes, &s.full[stage],
-                     policy);
+                     part.num_halves == 2 && p.num_tokens <= C::kTokens ? read_once : read_again);
     };
-    ptx::mbarrier_arrive_expect(&s.full[stage], kBlockTileBytes + tile.part[0].num_halves * C::kHalfBytes);
-    const uint64_t policy =
-        tile.part[0].num_halves == 2 && p.num_tokens <= C::kTokens ? read_once : read_again;
+    ptx::mbarrier_arrive_expect(&s.full[stage], kBlockTileBytes + tile.num_halves * C::kHalfBytes);
     if (schedule.in_three_quarters) {
-      load(tile.part[0], to, kTileBytes, policy);
-      load(tile.part[1], to + kTileBytes, kTileBytes, read_again);
+      load(tile.part[0], to, kTileBytes);
+      load(tile.part[1], to + kTileBytes, kTileBytes);
     } else {
-      load(tile.part[0], to, kBlockTileBytes, policy);
+      load(tile.part[0], to, kBlockTileBytes);
     }
   }
   __device__ __forceinline__ void load_x(int stage, const GemmTile& tile, int k) {
     uint8_t* to = s.ring + stage * shape.stage_bytes + kBlockTileBytes;
-    for (int half = 0; half < tile.part[0].num_halves; ++half)
+    for (int half = 0; half < tile.num_halves; ++half)
       ptx::tensor_load(to + half * C::kHalfBytes, &x_map,
                        k * (kTileRowBytes / int(sizeof(typename C::Element))),
-                       tile.part[0].token + half * C::kHalfTokens, &s.full[stage]);
+                       tile.token + half * C::kHalfTokens, &s.full[stage]);
   }
 
   __device__ __forceinline__ void run() {
@@ -249,6 +247,11 @@ struct Multiplier {
 
 template <class C>
 struct GemmConsumer {
+  // What the warpgroup multiplies of a tile: 64 rows from `row` on, num_halves * C::kHalfTokens tokens.
+  struct Share {
+    int row, token, num_halves;
+  };
+
   GemmSmem<C>& s;
   const PackedLinearParams& p;
   const int k_tiles, warpgroup, thread;
@@ -256,28 +259,23 @@ struct GemmConsumer {
   TileOutput<C> output;
 
   template <int kHalves>
-  __device__ __forceinline__ void make(const GemmTile::Part& part, const TileScales<C>& scales,
-                                       bool rehearses) {
+  __device__ __forceinline__ void make(const Share& share, const TileScales<C>& scales, bool rehearses) {
     Accumulators<C> r_acc;
     // Else r_acc is whatever it is. (Given values, even by an empty asm statement, ptxas has too few
     // registers and serialises the products.)
     if (!rehearses) multiplier.template multiply<kHalves>(r_acc, k_tiles, output);
     ptx::wait_for_copies<0>();
     ptx::barrier_sync(output.barrier, kWarpgroupThreads);  // the scales are there
-    output.template take<kHalves>(r_acc, scales, first_row(part), rehearses ? p.num_tokens : part.token,
+    output.template take<kHalves>(r_acc, scales, share.row, rehearses ? p.num_tokens : share.token,
                                   here(thread));
   }
 
-  __device__ __forceinline__ int first_row(const GemmTile::Part& part) const {
-    return part.half_block * kTileRows;
-  }
-
-  // Of tile i.
-  __device__ __forceinline__ GemmTile::Part start_part(const GemmSchedule& schedule, int i) {
+  // Of tile i; the multiplier is told, too.
+  __device__ __forceinline__ Share start_share(const GemmSchedule& schedule, int i) {
     const GemmTile tile = schedule.tile(i);
     const GemmTile::Part part = warpgroup == 0 ? tile.part[0] : tile.part[1];
-    multiplier.x_offset = uniform(part.token - tile.part[0].token) * kTileRowBytes;
-    return part;
+    multiplier.x_offset = uniform(part.first_half) * C::kHalfBytes;
+    return {part.half_block * kTileRows, tile.token + part.first_half * C::kHalfTokens, part.num_halves};
   }
 
   // With few tokens, a rehearsal comes first: the code behind the products runs once without any, for what
@@ -294,12 +292,11 @@ struct GemmConsumer {
   // Are there too few products of a tile to hide the stores of the one before behind?
   __device__ __forceinline__ bool has_few_products() const { return k_tiles <= TileOutput<C>::kPieces; }
 
-  __device__ __forceinline__ void make(const GemmTile::Part& part, const TileScales<C>& scales,
-                                       bool rehearses) {
-    if (uniform(part.num_halves) == 2)
-      make<2>(part, scales, rehearses);
+  __device__ __forceinline__ void make(const Share& share, const TileScales<C>& scales, bool rehearses) {
+    if (uniform(share.num_halves) == 2)
+      make<2>(share, scales, rehearses);
     else
-      make<1>(part, scales, rehearses);
+      make<1>(share, scales, rehearses);
   }
 
   __device__ __forceinline__ void run_at_once(const GemmSchedule& schedule) {
@@ -308,11 +305,11 @@ struct GemmConsumer {
     int turn = 0;
 #pragma unroll 1
     for (int i = blockIdx.x; i < schedule.num_tiles; i += gridDim.x, turn ^= 1) {
-      const GemmTile::Part part = start_part(schedule, i);
+      const Share share = start_share(schedule, i);
       TileScales<C>& scales = s.scales[warpgroup][turn];
-      scales.start_loading(p, first_row(part), part.token, here(thread));
+      scales.start_loading(p, share.row, share.token, here(thread));
       if (has_few_products()) output.store(thread);
-      make(part, scales, false);
+      make(share, scales, false);
     }
     output.store(thread);
   }
@@ -324,10 +321,10 @@ struct GemmConsumer {
       const bool is_done = i >= schedule.num_tiles;
       if (i < 0 || is_done || has_few_products()) output.store_or_rehearse(thread);
       if (is_done) break;
-      const GemmTile::Part part = start_part(schedule, max(i, int(blockIdx.x)));
+      const Share share = start_share(schedule, max(i, int(blockIdx.x)));
       TileScales<C>& scales = s.scales[warpgroup][turn];
-      if (i >= 0) scales.start_loading(p, first_row(part), part.token, here(thread));
-      make(part, scales, i < 0);
+      if (i >= 0) scales.start_loading(p, share.row, share.token, here(thread));
+      make(share, scales, i < 0);
       if (i < 0) {
         wait_for_predecessor();
         if (p.out_scale && thread == 0) s.out_scale[warpgroup] = *p.out_scale;
