@@ -44,6 +44,15 @@ void check_heads(const Tensor& t, const char* name) {
     reject(name, "stride of dim 1 is " + std::to_string(t.stride(1)) + ", want " + std::to_string(t.size(2)));
 }
 
+// `rows`: what it is made of, q or qkv.
+void check_out(const Tensor& out, const std::optional<Tensor>& out_scale, const Tensor& rows) {
+  check_device(out, rows, "out");
+  check_dtype(out, out_scale ? ScalarType::Float8_e4m3fn : rows.scalar_type(), "out");
+  if (out.dim() != 3) reject("out", "has " + std::to_string(out.dim()) + " dims, want 3");
+  check_heads(out, "out");
+  if (out_scale) check_vector(*out_scale, 1, ScalarType::Float, rows, "out_scale");
+}
+
 struct Scales {
   double softmax, k, v;
 };
@@ -101,7 +110,8 @@ AttentionParams<Scalar> common_params(const Tensor& out, const Tensor& rows, con
 template <class Scalar>
 PrefillAttentionParams<Scalar> prefill_params(const AttentionParams<Scalar>& p, int64_t num_pages) {
   return {
-      .out = static_cast<Scalar*>(p.out),
+      .out = p.out,
+      .out_scale = p.out_scale,
       .q = p.q,
       .k_cache = p.k_cache,
       .v_cache = p.v_cache,
@@ -127,16 +137,15 @@ PrefillAttentionParams<Scalar> prefill_params(const AttentionParams<Scalar>& p, 
 }
 
 void attention(Tensor out, Tensor q, Tensor k_cache, Tensor v_cache, Tensor page_table, Tensor q_start,
-               Tensor kv_len, double softmax_scale, double k_scale, double v_scale) {
+               Tensor kv_len, double softmax_scale, double k_scale, double v_scale,
+               std::optional<Tensor> out_scale) {
   if (q.dim() != 3) reject("q", "has " + std::to_string(q.dim()) + " dims, want 3");
   if (k_cache.dim() != 4) reject("k_cache", "has " + std::to_string(k_cache.dim()) + " dims, want 4");
   if (q.size(2) != k_cache.size(3))
     reject("q", "head size is " + std::to_string(q.size(2)) + ", want " + std::to_string(k_cache.size(3)));
   check_heads(q, "q");
-  check_device(out, q, "out");
-  check_dtype(out, q.scalar_type(), "out");
+  check_out(out, out_scale, q);
   check_shape(out, {q.size(0), q.size(1), q.size(2)}, "out");
-  check_heads(out, "out");
 
   const DeviceGuard guard(q.get_device_index());
   const cudaStream_t stream = current_stream(q);
@@ -144,6 +153,7 @@ void attention(Tensor out, Tensor q, Tensor k_cache, Tensor v_cache, Tensor page
     using Scalar = decltype(scalar);
     AttentionParams<Scalar> p = common_params<Scalar>(out, q, k_cache, v_cache, page_table, q_start, kv_len,
                                                       q.size(1), {softmax_scale, k_scale, v_scale});
+    if (out_scale) p.out_scale = cptr<float>(*out_scale);
     // More tokens than sequences: some have a prompt in this step. Each kernel leaves the other's sequences
     // alone, which only the GPU tells apart. A lone sequence has all the tokens.
     const bool has_prompt =
@@ -167,11 +177,8 @@ void decode_attention(Tensor out, Tensor qkv, Tensor k_cache, Tensor v_cache, Te
     reject("qkv", "dim 1 is " + std::to_string(X) + ", want (H + 2K) * D with K=" + std::to_string(K) +
                       ", D=" + std::to_string(D));
   check_rows(qkv, "qkv");
-  check_device(out, qkv, "out");
-  check_dtype(out, out_scale ? ScalarType::Float8_e4m3fn : qkv.scalar_type(), "out");
+  check_out(out, out_scale, qkv);
   check_shape(out, {T, H, D}, "out");
-  check_heads(out, "out");
-  if (out_scale) check_vector(*out_scale, 1, ScalarType::Float, qkv, "out_scale");
   check_device(cos_sin, qkv, "cos_sin");
   check_dtype(cos_sin, ScalarType::Float, "cos_sin");
   check_shape(cos_sin, {cos_sin.size(0), D}, "cos_sin");

@@ -29,11 +29,13 @@ STABLE_TORCH_LIBRARY(nemotron_fast, m) {
       "packed_linear(Tensor(a!) out, Tensor x, Tensor packed, Tensor? x_scale, Tensor? weight_scale, Tensor? "
       "x_stats, Tensor? norm_weight, float eps, Tensor(b!) workspace) -> ()");
   m.def(
-      "packed_linear_add(Tensor(a!) residual, Tensor(b!)? out_stats, Tensor x, Tensor packed, Tensor? x_scale, "
+      "packed_linear_add(Tensor(a!) residual, Tensor(b!)? out_stats, Tensor x, Tensor packed, Tensor? "
+      "x_scale, "
       "Tensor? weight_scale, Tensor? x_stats, Tensor? norm_weight, float eps, Tensor? next_norm_weight, "
       "Tensor(c!) workspace) -> ()");
   m.def(
-      "packed_swiglu(Tensor(a!) out, Tensor(b!)? out_stats, Tensor x, Tensor packed, Tensor? x_scale, Tensor? "
+      "packed_swiglu(Tensor(a!) out, Tensor(b!)? out_stats, Tensor x, Tensor packed, Tensor? x_scale, "
+      "Tensor? "
       "weight_scale, Tensor? out_scale, Tensor? x_stats, Tensor? norm_weight, float eps, Tensor(c!) "
       "workspace) -> ()");
   m.def("silu_mul(Tensor(a!) out, Tensor gate_up) -> ()");
@@ -43,8 +45,7 @@ STABLE_TORCH_LIBRARY(nemotron_fast, m) {
       "Tensor slots, float k_scale, float v_scale) -> ()");
   m.def(
       "attention(Tensor(a!) out, Tensor q, Tensor k_cache, Tensor v_cache, Tensor page_table, Tensor "
-      "q_start, "
-      "Tensor kv_len, float softmax_scale, float k_scale, float v_scale) -> ()");
+      "q_start, Tensor kv_len, float softmax_scale, float k_scale, float v_scale, Tensor? out_scale) -> ()");
   m.def(
       "decode_attention(Tensor(a!) out, Tensor qkv, Tensor(b!) k_cache, Tensor(c!) v_cache, Tensor cos_sin, "
       "Tensor page_table, Tensor q_start, Tensor kv_len, float softmax_scale, float k_scale, float v_scale, "

@@ -54,13 +54,13 @@ class Model:
         return Residual(rows_TE, eps, self._workspace)
 
     def _attention(self, qkv_TX: Tensor, block: AttentionWeights, kv_slot: int, batch: Batch, cache: KVCache) -> Tensor:
-        """The heads' outputs [T, H * D]; e4m3 at once in a decode step, where block.o has a given scale."""
+        """The heads' outputs [T, H * D]; e4m3 at once where block.o has a given scale."""
         k_cache, v_cache = cache.keys[kv_slot], cache.values[kv_slot]
         num_kv, dim = k_cache.shape[1], k_cache.shape[3]
         sequences = (batch.page_table, batch.q_start, batch.kv_len)
         scales = {"softmax_scale": dim**-0.5, "k_scale": block.k_scale, "v_scale": block.v_scale}
+        scales["out_scale"] = given_scale(block.o)
         if batch.decodes:
-            scales["out_scale"] = given_scale(block.o)
             return ops.decode_attention(qkv_TX, k_cache, v_cache, self._cos_sin, *sequences, **scales).flatten(1)
         slots = (self._cos_sin, batch.positions, batch.slots)
         ops.rope_append(qkv_TX, k_cache, v_cache, *slots, k_scale=block.k_scale, v_scale=block.v_scale)

@@ -253,16 +253,19 @@ def attention(
     softmax_scale: float,
     k_scale: float = 1.0,
     v_scale: float = 1.0,
+    out_scale: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """out [T, H, D]: causal attention of q [T, H, D] over the caches [P, K, B, D].
+    """out [T, H, D]: causal attention of q [T, H, D] over the caches [P, K, B, D]; e4m3 if there is an out_scale [1].
 
     page_table [S, pages] int64, q_start [S + 1] int64, kv_len [S] int64: sequence s owns queries
     q_start[s]..q_start[s+1]-1, which are the last of its kv_len[s] cached tokens.
     """
     if out is None:
-        out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    _ops.attention.default(out, q, k_cache, v_cache, page_table, q_start, kv_len, softmax_scale, k_scale, v_scale)
+        dtype = q.dtype if out_scale is None else reference.FP8
+        out = torch.empty_like(q, dtype=dtype, memory_format=torch.contiguous_format)
+    scales = (softmax_scale, k_scale, v_scale, out_scale)
+    _ops.attention.default(out, q, k_cache, v_cache, page_table, q_start, kv_len, *scales)
     return out
 
 

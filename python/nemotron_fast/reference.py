@@ -172,8 +172,9 @@ def attention(
     softmax_scale: float,
     k_scale: float,
     v_scale: float,
+    out_scale: Tensor | None = None,
 ) -> Tensor:
-    """Causal attention over paged KV, variable lengths, grouped heads.
+    """Causal attention over paged KV, variable lengths, grouped heads; with an out_scale, quantize_fp8 of it.
 
     Sequence s owns the queries q_start[s]..q_start[s+1]-1; they are the last of its kv_len[s] tokens. Rows behind the
     last query, which decode_attention may have, are zero in the result.
@@ -200,7 +201,7 @@ def attention(
             enable_gqa=True,
         )[0]
         out_THD[rows] = o_HND.transpose(0, 1).to(out_THD.dtype)
-    return out_THD
+    return out_THD if out_scale is None else quantize_fp8(out_THD, out_scale)
 
 
 def decode_attention(
@@ -216,7 +217,7 @@ def decode_attention(
     v_scale: float,
     out_scale: Tensor | None,
 ) -> Tensor:
-    """rope_append, but that qkv stays as it is, then attention and, with an out_scale, quantize_fp8."""
+    """rope_append, but that qkv stays as it is, then attention."""
     num_kv, page_size, dim = k_cache_PKBD.shape[1:]
     counts_S = q_start_S.diff()
     seq_T = torch.arange(len(counts_S)).repeat_interleave(counts_S)
@@ -226,8 +227,7 @@ def decode_attention(
     rope_append(qkv_TX[: len(seq_T)], *caches, cos_sin_SD, positions_T, slots_T, k_scale, v_scale)
     q_THD = qkv_TX.unflatten(1, (-1, dim))[:, : -2 * num_kv]
     sequences = (page_table_SP, q_start_S, kv_len_S)
-    out_THD = attention(q_THD, *caches, *sequences, softmax_scale, k_scale, v_scale)
-    return out_THD if out_scale is None else quantize_fp8(out_THD, out_scale)
+    return attention(q_THD, *caches, *sequences, softmax_scale, k_scale, v_scale, out_scale)
 
 
 def _wide(x: Tensor) -> Tensor:

@@ -157,6 +157,7 @@ class Problem {
     check(same(out, run(params()), 0, num_tokens_), "two runs differ, " + name(c_));
     check_values(out);
     check_parts(out);
+    check_quantised(out);
     std::printf("%-40.40s %s worst error %.2f of what roundings allow\n", name(c_).c_str(),
                 kFp8 ? "e4m3" : "    ", worst_);
   }
@@ -245,7 +246,7 @@ class Problem {
         const DeviceArray<int64_t> q_start({0, count});
         auto p = params();
         p.q += first * q_stride_;
-        p.out += first * out_stride_;
+        p.out = static_cast<T*>(p.out) + first * out_stride_;
         p.num_tokens = count, p.num_seqs = 1;
         p.page_table += s * max_pages_, p.kv_len += s, p.q_start = q_start.get();
         check(same(out, run(p), first, first + count), "other bits without the first " +
@@ -253,6 +254,25 @@ class Problem {
                                                            std::to_string(s) + ", " + name(c_));
       }
       token += n.num_new;
+    }
+  }
+
+  // With a scale: the same rounded once more.
+  void check_quantised(const std::vector<T>& out) {
+    using Fp8 = __nv_fp8_e4m3;
+    constexpr float kScale = 1.0f / 64;
+    const DeviceArray<Fp8> quantised(num_tokens_ * out_stride_);
+    const DeviceArray<float> scale({kScale});
+    quantised.fill(0xff);
+    auto p = params();
+    p.out = quantised.get(), p.out_scale = scale.get();
+    nf::prefill_attention<T>(p, nullptr);
+    NF_CUDA(cudaDeviceSynchronize());
+    const std::vector<Fp8> found = quantised.read();
+    for (size_t i = 0; i < found.size(); ++i) {
+      const float v = float(out[i]);
+      check(std::isnan(v) ? std::isnan(float(found[i])) : float(found[i]) == float(Fp8(v / kScale)),
+            "e4m3 of " + std::to_string(v) + " is " + std::to_string(float(found[i])) + ", " + name(c_));
     }
   }
 

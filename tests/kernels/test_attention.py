@@ -69,6 +69,9 @@ def test_attention_takes_queries_as_a_strided_view():
     args = (*caches, torch.zeros(1, 1, dtype=torch.int64), torch.tensor([0, 3]), torch.tensor([10]))
     got, want = (ops.attention(q, *args, softmax_scale=0.125) for q in (view, view.contiguous()))
     assert torch.equal(got, want)
+    out_scale = torch.tensor([0.01])
+    quantised = ops.attention(view, *args, softmax_scale=0.125, out_scale=out_scale)
+    assert torch.equal(quantised.float(), ops.quantize_fp8(want, out_scale).float())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, FP8])

@@ -57,12 +57,12 @@ class Problem:
         self.q_start = torch.tensor([0, *torch.tensor(new).cumsum(0).tolist()], device="cuda")
         self.kv_len = torch.tensor([n for _, n in self.shape], device="cuda")
 
-    def run(self, rows: slice = slice(None)) -> Tensor:
+    def run(self, rows: slice = slice(None), out_scale: Tensor | None = None) -> Tensor:
         """The op on all sequences, or on some as if they were the batch."""
         first = self.q_start[:-1][rows][0]
         q_start = torch.cat((self.q_start[:-1][rows], self.q_start[1:][rows][-1:])) - first
         q = self.q[int(first) : int(first + q_start[-1])]
-        out = poison(*q.shape, dtype=self.dtype, device="cuda")
+        out = poison(*q.shape, dtype=self.dtype if out_scale is None else FP8, device="cuda")
         return ops.attention(
             q,
             *self.caches,
@@ -72,6 +72,7 @@ class Problem:
             softmax_scale=self.D**-0.5,
             k_scale=self.k_scale,
             v_scale=self.v_scale,
+            out_scale=out_scale,
             out=out,
         )
 

@@ -63,6 +63,15 @@ def test_same_bits_alone_and_in_a_batch(kv_dtype: torch.dtype) -> None:
     assert_bit_equal(problem.run(slice(2, 5)), out[int(problem.q_start[2]) : int(problem.q_start[5])])
 
 
+@pytest.mark.parametrize("kv_dtype", [torch.bfloat16, FP8], ids=str)
+@pytest.mark.parametrize("D", [64, 128])
+@pytest.mark.parametrize("H,K", [(64, 8), (9, 3)])
+def test_quantised_result(H: int, K: int, D: int, kv_dtype: torch.dtype) -> None:
+    """The kernels of prompts and of decoding alike."""
+    problem, scale = Problem(MIXED, H, K, D, kv_dtype=kv_dtype), torch.tensor([0.007], device="cuda")
+    assert_bit_equal(problem.run(out_scale=scale).flatten(1), ops.quantize_fp8(problem.run().flatten(1), scale))
+
+
 @pytest.mark.parametrize("H,K", [(64, 8), (9, 3)])
 def test_same_bits_in_any_chunks(H: int, K: int) -> None:
     problem = Problem([(1000, 1500)], H, K)

@@ -7,6 +7,7 @@
 #include "kernels/ptx/bulk_copy.cuh"
 #include "kernels/ptx/mma.cuh"
 #include "kernels/ptx/named_barrier.cuh"
+#include "kernels/quant/fp8.cuh"
 
 namespace nf::prefill {
 
@@ -193,17 +194,21 @@ struct Consumer {
     }
     __syncwarp();  // the warp's rows are complete
 
+    const Divisor out_scale = p.out_scale ? *p.out_scale : 1.0f;
     constexpr int kUnits = C::kHeadDim / 8, kRowsAtOnce = kWarpSize / kUnits;  // 16 bytes a lane
 #pragma unroll
     for (int i = 0; i < kWarpRows / kRowsAtOnce; ++i) {
       const int row = first_row + i * kRowsAtOnce + lane / kUnits, unit = lane % kUnits;
       const int query = row >> row_shift, head = row - (query << row_shift);
       if (query < tile.begin || query >= tile.end || head >= p.group) continue;
-      const uint4 v =
-          *reinterpret_cast<const uint4*>(staging + unit / 8 * C::kChunkBytes + swizzled(row, unit % 8));
-      typename C::Scalar* to = p.out + (int64_t(tile.token) + query) * p.out_stride +
-                               (tile.kv_head * p.group + head) * C::kHeadDim;
-      reinterpret_cast<uint4*>(to)[unit] = v;
+      const auto v = *reinterpret_cast<const Vec<typename C::Scalar>*>(staging + unit / 8 * C::kChunkBytes +
+                                                                       swizzled(row, unit % 8));
+      const int64_t at =
+          (int64_t(tile.token) + query) * p.out_stride + (tile.kv_head * p.group + head) * C::kHeadDim;
+      if (p.out_scale)
+        store_fp8(static_cast<__nv_fp8_e4m3*>(p.out) + at, unit, v, out_scale);
+      else
+        store_vec(static_cast<typename C::Scalar*>(p.out) + at, unit, v);
     }
     ptx::fence_proxy_async();  // the copy of other queries comes after this
     arrive(&s.q_empty[q_ring.place]);

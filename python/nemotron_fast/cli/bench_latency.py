@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", metavar="N,N", type=_integers, default=[1, 8], help="batch sizes (default 1,8)")
     parser.add_argument("--input-len", metavar="N", type=_integers, default=[128], help="prompt lengths (default 128)")
-    parser.add_argument("--output-len", metavar="N", type=int, default=32, help="steps that are timed (default 32)")
+    parser.add_argument("--output-len", metavar="N", type=int, default=32, help="steps that are timed (default 32); 0: none")
     parser.add_argument("--repeats", metavar="N", type=int, default=3, help="medians are of this many (default 3)")
     parser.add_argument("--max-batched-tokens", metavar="N", type=int, help="tokens of one step")
 
@@ -37,11 +37,13 @@ def measure(args: argparse.Namespace) -> tuple[torch.device, dict[str, Any]]:
     """The device, and what was measured on it.
 
     Raises:
-        RequestError: a size that is not positive, or does not fit in the context or in --max-num-seqs.
+        RequestError: a size that is too small, or does not fit in the context or in --max-num-seqs.
     """
-    sizes = [*args.batch, *args.input_len, args.output_len, args.repeats]
+    sizes = [*args.batch, *args.input_len, args.repeats]
     if min(sizes) < 1:
         raise RequestError(f"sizes {sizes}: want all of them at least 1")
+    if args.output_len < 0:
+        raise RequestError(f"--output-len is {args.output_len}, want at least 0")
     if args.max_num_seqs is None:
         args.max_num_seqs = max(args.batch)
     elif args.max_num_seqs < max(args.batch):
@@ -51,7 +53,8 @@ def measure(args: argparse.Namespace) -> tuple[torch.device, dict[str, Any]]:
         load_s = time.perf_counter() - start
         rows = [_first_token(llm, length, args.repeats) for length in args.input_len]
         first_s = time.perf_counter() - start
-        rows += [_step(llm, b, length, args) for b in args.batch for length in args.input_len]
+        if args.output_len:
+            rows += [_step(llm, b, length, args) for b in args.batch for length in args.input_len]
         times = {"load_s": load_s, "start_to_first_results_s": first_s}
         return llm.device, {"max_batched_tokens": llm.engine.options.max_batched_tokens, **times, "results": rows}
 
