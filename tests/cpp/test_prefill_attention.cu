@@ -262,7 +262,7 @@ class Problem {
     using Fp8 = __nv_fp8_e4m3;
     constexpr float kScale = 1.0f / 64;
     const DeviceArray<Fp8> quantised(num_tokens_ * out_stride_);
-    const DeviceArray<float> scale({kScale});
+    const DeviceArray<float> scale(std::vector<float>{kScale});
     quantised.fill(0xff);
     auto p = params();
     p.out = quantised.get(), p.out_scale = scale.get();

@@ -200,5 +200,5 @@ def test_rejects(H: int, K: int, D: int, message: str) -> None:
 
 def test_opcheck() -> None:
     problem = Problem([(1, 70)], 8, 1)
-    args = (problem.q, *problem.caches, problem.table, problem.q_start, problem.kv_len, 0.1, 1.0, 1.0)
+    args = (problem.q, *problem.caches, problem.table, problem.q_start, problem.kv_len, 0.1, 1.0, 1.0, None)
     torch.library.opcheck(torch.ops.nemotron_fast.attention.default, (torch.empty_like(problem.q), *args))

@@ -246,6 +246,10 @@ def test_bench_latency(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> No
     assert report["max_batched_tokens"] == 6
     assert [(r["metric"], r["batch_size"]) for r in rows] == [("time_to_first_token", 1), ("step", 1), ("step", 3)]
     assert all(0 < r["min_ms"] <= r["median_ms"] <= r["max_ms"] for r in rows)
+    assert main([*argv, "--device", "cpu", "--output-len", "0", "--json"]) == 0
+    assert [r["metric"] for r in json.loads(capsys.readouterr().out)["results"]] == ["time_to_first_token"]
+    assert main([*argv, "--device", "cpu", "--output-len", "-1"]) == 2
+    assert "--output-len is -1, want at least 0" in capsys.readouterr().err.splitlines()[-1]
     assert main([*argv, "--device", "cpu", "--input-len", "5000"]) == 2
     assert "the prompt has 5000 tokens" in capsys.readouterr().err.splitlines()[-1]
     assert main([*argv, "--device", "cpu", "--max-num-seqs", "2"]) == 2
