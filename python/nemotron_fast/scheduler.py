@@ -37,7 +37,7 @@ class Scheduler:
     """Args:
     max_batched_tokens: tokens of one step.
     max_mixed_tokens: tokens of a step that both decodes and computes prompts, so that prompts bound its time; None:
-        no bound but the one above.
+        no bound but the one above, because only throughput counts, for which requests also wait (admission.Waves).
     prefix_caching: use pages again that hold the same tokens.
     """
 
@@ -54,6 +54,7 @@ class Scheduler:
         self.max_num_seqs = max_num_seqs
         self.max_batched_tokens = max_batched_tokens
         self.max_mixed_tokens = max_mixed_tokens or max_batched_tokens
+        self.levels_waves = max_mixed_tokens is None
         self.prefix_caching = prefix_caching
         self.num_looked_up = 0  # tokens of started requests that the cache was asked for
         self.num_found = 0  # and those it had
@@ -140,7 +141,9 @@ class Scheduler:
     def _admit(self, budget: int) -> list[Chunk]:
         """Start waiting requests that the pool holds whole, as they are now and probably to their ends."""
         chunks = []
-        most_alone = self.waves.most_running(self.running, self.max_num_seqs, self.pages.num_pages)
+        most_alone = self.max_num_seqs
+        if self.levels_waves:
+            most_alone = self.waves.most_running(self.running, self.max_num_seqs, self.pages.num_pages)
         while self.waiting and budget and len(self.running) < self.max_num_seqs:
             request = self.waiting[0]
             shared = self._find_prefix(request)

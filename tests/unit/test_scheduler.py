@@ -165,13 +165,15 @@ def most_running(scheduler: Scheduler) -> int:
     [(16, 8), (9, 9), (10, 5), (19, 7)],  # 9 fit
 )
 def test_requests_of_one_length_run_in_level_waves(count, most):
-    def scheduler_of(stop_ids=frozenset(), odd_length=0, **options):
+    def scheduler_of(stop_ids=frozenset(), odd_length=0, max_mixed_tokens=None, **options):
         requests = [make_request(n, 60, 60, stop_ids, **options) for n in range(count)]
         requests[-1].max_tokens += odd_length
-        return make_scheduler(22, *requests, max_num_seqs=99, max_batched_tokens=2048)
+        sizes = {"max_num_seqs": 99, "max_batched_tokens": 2048, "max_mixed_tokens": max_mixed_tokens}
+        return make_scheduler(22, *requests, **sizes)
 
     assert most_running(scheduler_of()) == most
-    for full in (scheduler_of(odd_length=1), scheduler_of(frozenset({9})), scheduler_of(stop=("x",))):
+    unsure = scheduler_of(odd_length=1), scheduler_of(frozenset({9})), scheduler_of(stop=("x",))
+    for full in (*unsure, scheduler_of(max_mixed_tokens=2048)):
         assert most_running(full) >= 9
 
 

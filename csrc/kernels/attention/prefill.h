@@ -19,11 +19,11 @@ constexpr int kMaxPrefillSeqs = 1024;  // of a launch, with those that it leaves
 // is computed. One launch at a time on a device.
 template <class Scalar>
 struct PrefillAttentionParams {
-  void* out;  // [T, H, D], strides out_stride, D: Scalar, or with out_scale e4m3; rows start at multiples of
-              // 16 bytes
-  const float*
-      out_scale;    // [1]: out is round_e4m3(round_Scalar(result) / out_scale), saturating; may be nullptr
-  const Scalar* q;  // [T, H, D], strides q_stride, D; the same
+  // [T, H, D], strides out_stride, D; rows start at multiples of 16 bytes. Scalar, or with out_scale e4m3:
+  // round_e4m3(round_Scalar(result) / out_scale), saturating.
+  void* out;
+  const float* out_scale;     // [1], or nullptr
+  const Scalar* q;            // [T, H, D], strides q_stride, D; rows as those of out
   const void* k_cache;        // [P, K, 64, D], page stride k_page_stride, else contiguous; the same
   const void* v_cache;        // the same
   const int64_t* page_table;  // [S, pages], row stride page_table_stride

@@ -28,7 +28,9 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", metavar="N,N", type=_integers, default=[1, 8], help="batch sizes (default 1,8)")
     parser.add_argument("--input-len", metavar="N", type=_integers, default=[128], help="prompt lengths (default 128)")
-    parser.add_argument("--output-len", metavar="N", type=int, default=32, help="steps that are timed (default 32); 0: none")
+    parser.add_argument(
+        "--output-len", metavar="N", type=int, default=32, help="steps that are timed (default 32); 0: none"
+    )
     parser.add_argument("--repeats", metavar="N", type=int, default=3, help="medians are of this many (default 3)")
     parser.add_argument("--max-batched-tokens", metavar="N", type=int, help="tokens of one step")
 
