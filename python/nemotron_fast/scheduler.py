@@ -136,6 +136,7 @@ class Scheduler:
     def check(self) -> None:
         """The invariants between steps."""
         assert not any(r.pages for r in self.waiting), "a waiting request holds pages"
+        assert self.waves.lengths.total() == len(self.waiting) + len(self.running), "waves are of other requests"
         self.pages.check(r.pages for r in self.running)
 
     def _admit(self, budget: int) -> list[Chunk]:

@@ -78,14 +78,15 @@ class Device:
 def random_requests(rng: random.Random, num_pages: int) -> list[Request]:
     vocab = rng.choice([2, VOCAB])  # 2: pages of equal tokens behind different beginnings
     base = [rng.randrange(vocab) for _ in range(num_pages * PAGE)]
+    alike = rng.randint(1, num_pages * PAGE // 2) if rng.random() < 0.3 else None  # they all generate so many tokens
     requests = []
     for number in range(rng.randint(1, 9)):
-        total = rng.randint(2, num_pages * PAGE)
-        prompt_len = rng.randint(1, total - 1)
+        total = rng.randint(alike + 1 if alike else 2, num_pages * PAGE)
+        prompt_len = total - alike if alike else rng.randint(1, total - 1)
         shared = rng.choice([0, prompt_len // 2, prompt_len])
         prompt = base[:shared] + [rng.randrange(vocab) for _ in range(prompt_len - shared)]
         params = rng.choice([PARAMS] * 9 + [PARAMS_PROMPT])
-        stop_ids = frozenset({STOP} if rng.random() < 0.8 else ())
+        stop_ids = frozenset({STOP} if rng.random() < 0.8 and not alike else ())
         requests.append(Request(number, prompt, params, seed=0, max_tokens=total - prompt_len, stop_ids=stop_ids))
     return requests
 
