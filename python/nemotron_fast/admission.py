@@ -49,8 +49,8 @@ class Waves:
     """How many requests should run at a time.
 
     As many as there is room for, but for those that surely generate equally many tokens and started together: none of
-    them ends before all do, so they run in waves. Then level waves are the fastest, 160 and 160 rather than 219 and
-    101: they are as many steps, and a step takes longer the more run, at last more than in proportion.
+    them ends before all do, so they run in waves. Then level waves are the fastest, 160 and 160 rather than 215 and
+    105: they are as many steps, and a step takes longer the more run, at last more than in proportion.
     """
 
     def __init__(self) -> None:

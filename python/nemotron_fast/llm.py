@@ -40,7 +40,7 @@ class LLM:
         max_num_seqs: sequences that run at once.
         max_batched_tokens: tokens of one step, prompts and decoding together; None = 2048 on a GPU, 512 on a CPU.
         max_mixed_tokens: the same for steps in which some decode, which bounds the time between their tokens;
-            None = no other bound: who waits for all results is served best by full steps.
+            None = no other bound: who waits for all results is served best by full steps and level waves.
         prefix_caching: keep the KV of finished requests, and share it with those that begin alike.
         seed: base of the seeds of requests that bring none.
         tensor_parallel_size: only 1 is supported so far.

@@ -202,7 +202,7 @@ void check_gemm_tiles(int ctas, int tokens, int blocks, int tile_tokens) {
     }
     has_full |= tile.num_halves == 2;
   }
-  EXPECT_EQ(std::count(hits.begin(), hits.end(), 1) >= std::ptrdiff_t(2) * blocks * halves, true);
+  EXPECT_EQ(std::count(hits.begin(), hits.end(), 1), std::ptrdiff_t(2) * blocks * halves);
   EXPECT_EQ(*std::max_element(hits.begin(), hits.end()), 1);
   EXPECT_EQ(*std::max_element(cost.begin(), cost.end()), s.quarters());
   EXPECT_EQ(s.is_narrow(), !has_full);
