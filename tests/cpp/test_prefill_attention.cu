@@ -36,11 +36,15 @@ std::string name(const Case& c) {
   return s;
 }
 
-// A CTA per query and head. want = the result, magnitude = the same with |values|
+// A CTA per query and head. want = the result, magnitude = the same with |values|, squares = the root of the
+// sum of the squared addends. With products of e4m3 the query is rounded, and no weight counts as less than
+// 2^-14 of the largest there: below, its rounding does not shrink with it.
 template <class Cached, class T>
-__global__ void reference(double* want, double* magnitude, const nf::PrefillAttentionParams<T> p) {
+__global__ void reference(double* want, double* magnitude, double* squares,
+                          const nf::PrefillAttentionParams<T> p) {
   extern __shared__ double s_weights[];
   __shared__ double s_sum;
+  __shared__ float s_scale;
   const int H = p.num_kv_heads * p.group, D = p.head_dim;
   const int token = blockIdx.x / H, head = blockIdx.x % H, kv_head = head / p.group;
   int seq = 0;
@@ -51,11 +55,20 @@ __global__ void reference(double* want, double* magnitude, const nf::PrefillAtte
            p.page_table[seq * p.page_table_stride + key / kPage] * page_stride +
            (kv_head * kPage + key % kPage) * D;
   };
+  const T* q = p.q + token * p.q_stride + head * D;
+  if (threadIdx.x == 0) {
+    float largest = 0;
+    for (int d = 0; d < D; ++d) largest = fmaxf(largest, fabsf(float(q[d])));
+    s_scale = fmaxf(largest / 448.0f, 1e-12f);
+  }
+  __syncthreads();
+  const auto query = [&](int d) {
+    return p.fp8_products ? double(float(__nv_fp8_e4m3(float(q[d]) / s_scale))) * double(s_scale)
+                          : double(float(q[d]));
+  };
   for (int key = threadIdx.x; key < keys; key += blockDim.x) {
     double score = 0;
-    for (int d = 0; d < D; ++d)
-      score += double(float(p.q[token * p.q_stride + head * D + d])) *
-               double(float(row(p.k_cache, p.k_page_stride, key)[d]));
+    for (int d = 0; d < D; ++d) score += query(d) * double(float(row(p.k_cache, p.k_page_stride, key)[d]));
     s_weights[key] = score * p.softmax_scale * p.k_scale;
   }
   __syncthreads();
@@ -67,13 +80,16 @@ __global__ void reference(double* want, double* magnitude, const nf::PrefillAtte
   }
   __syncthreads();
   for (int d = threadIdx.x; d < D; d += blockDim.x) {
-    double result = 0, absolute = 0;
+    double result = 0, absolute = 0, squared = 0;
     for (int key = 0; key < keys; ++key) {
-      const double v = s_weights[key] * double(float(row(p.v_cache, p.v_page_stride, key)[d]));
-      result += v, absolute += fabs(v);
+      const double value = double(float(row(p.v_cache, p.v_page_stride, key)[d]));
+      const double v = fmax(s_weights[key], p.fp8_products ? 0x1p-14 : 0.0) * value;
+      result += s_weights[key] * value, absolute += fabs(v), squared += v * v;
     }
-    want[int64_t(blockIdx.x) * D + d] = result / s_sum * p.v_scale;
-    magnitude[int64_t(blockIdx.x) * D + d] = absolute / s_sum * p.v_scale;
+    const int64_t at = int64_t(blockIdx.x) * D + d;
+    want[at] = result / s_sum * p.v_scale;
+    magnitude[at] = absolute / s_sum * p.v_scale;
+    squares[at] = sqrt(squared) / s_sum * p.v_scale;
   }
 }
 
@@ -91,7 +107,7 @@ __global__ void fill_cache(T* cache, const int64_t* page_table, const int64_t* k
   }
 }
 
-template <class T, class Cached>
+template <class T, class Cached, bool kProducts>
 class Problem {
  public:
   explicit Problem(const Case& c)
@@ -141,7 +157,8 @@ class Problem {
             .softmax_scale = 1 / std::sqrt(float(c_.head_dim)),
             .k_scale = kFp8 ? 0.5f : 1.0f,
             .v_scale = kFp8 ? 0.25f : 1.0f,
-            .fp8_cache = kFp8};
+            .fp8_cache = kFp8,
+            .fp8_products = kProducts};
   }
 
   // On poisoned output.
@@ -158,8 +175,12 @@ class Problem {
     check_values(out);
     check_parts(out);
     check_quantised(out);
+    check_equal_values();
     std::printf("%-40.40s %s worst error %.2f of what roundings allow\n", name(c_).c_str(),
-                kFp8 ? "e4m3" : "    ", worst_);
+                kProducts ? "e4m3 products"
+                : kFp8    ? "e4m3"
+                          : "",
+                worst_);
   }
 
  private:
@@ -202,18 +223,22 @@ class Problem {
     return true;
   }
 
-  // A weight and the result are rounded once each. (The FP32 sums add next to nothing.) With e4m3, weights
-  // are halves.
+  // A weight and the result are rounded once each. (The FP32 sums add next to nothing, those of e4m3 products
+  // up to 0.7 % of a weight.) With e4m3, weights are halves.
   void check_values(const std::vector<T>& out) {
-    const DeviceArray<double> want_device(num_tokens_ * width()), magnitude_device(num_tokens_ * width());
+    const DeviceArray<double> want_device(num_tokens_ * width()), magnitude_device(num_tokens_ * width()),
+        squares_device(num_tokens_ * width());
     const int smem = max_pages_ * kPage * int(sizeof(double));
     NF_CUDA(cudaFuncSetAttribute(reference<Cached, T>, cudaFuncAttributeMaxDynamicSharedMemorySize, smem));
     reference<Cached><<<unsigned(num_tokens_ * c_.group * c_.num_kv_heads), 128, smem>>>(
-        want_device.get(), magnitude_device.get(), params());
+        want_device.get(), magnitude_device.get(), squares_device.get(), params());
     NF_CUDA(cudaDeviceSynchronize());
-    const std::vector<double> want = want_device.read(), magnitude = magnitude_device.read();
-    constexpr double kRounding = std::is_same_v<T, __half> ? 0x1p-11 : 0x1p-8,
-                     kWeight = kFp8 ? 0x1p-11 : kRounding;
+    const std::vector<double> want = want_device.read(), magnitude = magnitude_device.read(),
+                              squares = squares_device.read();
+    constexpr double kRounding = std::is_same_v<T, __half> ? 0x1p-11 : 0x1p-8, kWeight = kProducts ? 0x1.2p-4
+                                                                                         : kFp8 ? 0x1p-11
+                                                                                                : kRounding;
+    double found_squares = 0, allowed_squares = 0;
     int64_t token = 0;
     for (const Lengths& n : c_.seqs) {
       for (const int64_t end = token + n.num_new; token < end; ++token)
@@ -224,6 +249,11 @@ class Problem {
           const double allowed =
               ours ? (kRounding * std::abs(target) + kWeight * magnitude[token * width() + i]) * 1.01 + 1e-6
                    : 0;
+          if (ours) {
+            found_squares += (found - target) * (found - target);
+            allowed_squares +=
+                std::pow(kRounding * target, 2) + std::pow(kWeight * squares[token * width() + i], 2);
+          }
           if (ours ? std::abs(found - target) <= allowed : std::isnan(found)) {
             if (ours) worst_ = std::max(worst_, std::abs(found - target) / allowed);
             continue;
@@ -233,6 +263,29 @@ class Problem {
                            std::to_string(i) + ", " + name(c_));
         }
     }
+    // Rounding errors are spread evenly up to the largest, 1/sqrt(3) of it on average; signs are random.
+    check(found_squares <= allowed_squares / 3,
+          "on average " + std::to_string(std::sqrt(found_squares / allowed_squares)) +
+              " of the largest rounding errors, " + name(c_));
+  }
+
+  // Many values of one sign, the worst case for sums of e4m3 products, which are cut off, not rounded: the
+  // mean of the results is 1.
+  void check_equal_values() {
+    if (!kProducts || c_.seqs.size() > 1 || c_.seqs[0].all < 2000) return;
+    std::vector<Cached> ones = cache_.read();
+    for (int64_t page = 0; page < num_pages_; ++page)
+      std::fill_n(&ones[page * page_stride_ + page_stride_ / 2], page_stride_ / 2, Cached(1.0f));
+    cache_.copy_from(DeviceArray<Cached>(ones));
+    auto p = params();
+    p.v_scale = 1;
+    const std::vector<T> out = run(p);
+    double sum = 0;
+    for (int64_t t = 0; t < num_tokens_; ++t)
+      for (int64_t i = 0; i < width(); ++i) sum += float(out[t * out_stride_ + i]);
+    const double mean = sum / double(num_tokens_ * width());
+    check(std::abs(mean - 1) <= 0x1p-8, "the mean of ones is " + std::to_string(mean) + ", " + name(c_));
+    std::printf("the mean of ones is 1 %+.5f\n", mean - 1);
   }
 
   // Each sequence alone, and the second half of its queries alone: the same bits.
@@ -297,15 +350,16 @@ const Case kCases[] = {
     {8, 8, 128, {{2048, 2048}}}, {2, 8, 128, {{300, 20000}}}, {1, 8, 128, {{8, 9}, {3, 3}}},
 };
 
-template <class T, class Cached>
+template <class T, class Cached, bool kProducts = false>
 void check_cases() {
   const auto cases = tiny ? std::vector<Case>(std::begin(kTiny), std::end(kTiny))
                           : std::vector<Case>(std::begin(kCases), std::end(kCases));
-  for (const Case& c : cases) Problem<T, Cached>(c).check_all();
+  for (const Case& c : cases)
+    if (!kProducts || c.head_dim == 128) Problem<T, Cached, kProducts>(c).check_all();
   if (tiny) return;
   Case many{2, 8, 128, {}};  // more sequences than a warp has lanes, of equal and of different lengths
   for (int i = 0; i < 100; ++i) many.seqs.push_back({1 + i % 40, 1 + i % 40 + i * 7 % 300});
-  Problem<T, Cached>(many).check_all();
+  Problem<T, Cached, kProducts>(many).check_all();
 }
 
 void check_rejects() {
@@ -314,6 +368,10 @@ void check_rejects() {
   testing::expect_throws([&] { nf::prefill_attention(p, nullptr); }, "G=17");
   p.group = 8, p.softmax_scale = 1, p.num_tokens = 100, p.num_seqs = 1025;
   testing::expect_throws([&] { nf::prefill_attention(p, nullptr); }, "S=1025");
+  p.num_seqs = 1, p.head_dim = 128, p.fp8_products = true;
+  testing::expect_throws([&] { nf::prefill_attention(p, nullptr); }, "FP8 products of 16-bit pages");
+  p.fp8_cache = true, p.head_dim = 64;
+  testing::expect_throws([&] { nf::prefill_attention(p, nullptr); }, "FP8 products of e4m3 pages, D=64");
 }
 
 }  // namespace
@@ -327,8 +385,10 @@ int main(int argc, char** argv) {
   return testing::run([] {
     check_cases<__nv_bfloat16, __nv_bfloat16>();
     check_cases<__nv_bfloat16, __nv_fp8_e4m3>();
+    check_cases<__nv_bfloat16, __nv_fp8_e4m3, true>();
     check_cases<__half, __half>();
     check_cases<__half, __nv_fp8_e4m3>();
+    check_cases<__half, __nv_fp8_e4m3, true>();
     check_rejects();
   });
 }

@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // Causal attention of prompts over paged KV. Grid: one CTA an SM, which takes tiles of 128 rows (16 queries
 // of the 8 heads that share keys and values, say) from a line until none is left (host/prefill_schedule.h). A
-// producer warp copies queries, and keys and values page by page, into rings in shared memory; two warpgroups
-// with 64 rows each multiply. Bound by the tensor cores: 4 D operations a row and visible key.
+// producer warp copies queries, and keys and values page by page, into rings in shared memory (four warps
+// where they have to be widened or transposed); two warpgroups with 64 rows each multiply. Bound by the
+// tensor cores: 4 D operations a row and visible key.
 #pragma once
 
 #include <algorithm>
@@ -44,12 +45,14 @@ __global__ void __launch_bounds__(C::kThreads, 1)
     };
     for (int i = 0; i < 2; ++i) init(s.q_full[i], s.q_empty[i], 1);
     for (int i = 0; i < C::kStages; ++i) {
-      init(s.k_full[i], s.k_empty[i], C::kProducerWarps);
+      init(s.k_full[i], s.k_empty[i], C::kWidens ? C::kProducerWarps : 1);
       init(s.v_full[i], s.v_empty[i], C::kProducerWarps);
     }
+    if constexpr (C::kFp8Products)
+      for (uint64_t& full : s.fp8.values_full) ptx::mbarrier_init(&full, 1);
     ptx::fence_mbarrier_init();
     ptx::prefetch_tensor_map(&maps.q);
-    if constexpr (!C::kFp8) {
+    if constexpr (!C::kWidens) {
       ptx::prefetch_tensor_map(&maps.k);
       ptx::prefetch_tensor_map(&maps.v);
     }
@@ -78,22 +81,24 @@ __global__ void __launch_bounds__(C::kThreads, 1)
 template <class C>
 void launch_prefill(const PrefillAttentionParams<typename C::Scalar>& p, cudaStream_t stream) {
   constexpr auto kKernel = prefill_kernel<C>;
-  constexpr int kBytes = 2, kSmemBytes = int(sizeof(Smem<C>));
+  constexpr int kSmemBytes = int(sizeof(Smem<C>));
   static_assert(kSmemBytes <= 227 * 1024);
   NF_CHECK(can_overlap<kKernel>(), "a GPU or a build without sm_90a");
   const LaunchConfig config{row_shift(p.group), p.softmax_scale * (C::kFp8 ? p.k_scale : 1.0f) * 1.44269504f};
   const auto size = [](int64_t n) { return cuuint64_t(n); };
   const auto pages_map = [&](const void* cache, int64_t page_stride) {
-    if (C::kFp8) return CUtensorMap{};
+    if (C::kWidens) return CUtensorMap{};
+    constexpr int kBytes = int(sizeof(typename C::CacheElement));
     const int64_t rows = int64_t(p.num_kv_heads) * kPageTokens;
     const int64_t stride = p.num_pages > 1 ? page_stride : rows * C::kHeadDim;
     return ptx::swizzled_map<3>(cache, kBytes, {size(C::kHeadDim), size(rows), size(p.num_pages)},
-                                {size(C::kHeadDim * kBytes), size(stride * kBytes)}, {64, kPageTokens, 1});
+                                {size(C::kHeadDim * kBytes), size(stride * kBytes)},
+                                {kSwizzleBytes / kBytes, kPageTokens, 1});
   };
   const TensorMaps maps{
       .q = ptx::swizzled_map<3>(
-          p.q, kBytes, {size(C::kHeadDim), size(p.num_kv_heads * p.group), size(p.num_tokens)},
-          {size(C::kHeadDim * kBytes), size(p.q_stride * kBytes)},
+          p.q, 2, {size(C::kHeadDim), size(p.num_kv_heads * p.group), size(p.num_tokens)},
+          {size(C::kHeadDim * 2), size(p.q_stride * 2)},
           {64, cuuint32_t(1) << config.row_shift, cuuint32_t(kTileRows >> config.row_shift)}),
       .k = pages_map(p.k_cache, p.k_page_stride),
       .v = pages_map(p.v_cache, p.v_page_stride),
@@ -115,11 +120,16 @@ void prefill_attention(const PrefillAttentionParams<Scalar>& p, cudaStream_t str
   NF_CHECK(p.num_tokens >= 0 && p.num_tokens < 1 << 27, "T=" + std::to_string(p.num_tokens));
   NF_CHECK(p.num_seqs >= 0 && p.num_seqs <= kMaxPrefillSeqs, "S=" + std::to_string(p.num_seqs));
   if (p.num_tokens <= kMostDecodeQueries || p.num_seqs == 0) return;
+  NF_CHECK(!p.fp8_products || (p.fp8_cache && p.head_dim == 128),
+           "FP8 products of " + std::string(p.fp8_cache ? "e4m3" : "16-bit") +
+               " pages, D=" + std::to_string(p.head_dim));
+  using Fp8 = __nv_fp8_e4m3;
+  if (p.fp8_products) return launch_prefill<Config<Scalar, Fp8, Fp8, 128>>(p, stream);
   dispatch<64, 128>("D", p.head_dim, [&](auto head_dim) {
     if (p.fp8_cache)
-      launch_prefill<Config<Scalar, true, head_dim>>(p, stream);
+      launch_prefill<Config<Scalar, Fp8, __half, head_dim>>(p, stream);
     else
-      launch_prefill<Config<Scalar, false, head_dim>>(p, stream);
+      launch_prefill<Config<Scalar, Scalar, Scalar, head_dim>>(p, stream);
   });
 }
 

@@ -44,6 +44,10 @@ struct PrefillAttentionParams {
   float k_scale;        // 1 unless the caches are e4m3
   float v_scale;
   bool fp8_cache;
+  // Products of e4m3, for caches of e4m3 and D = 128: each row of q is rounded as quantize_fp8_per_token()
+  // does, weights of the softmax (at most 1) as multiples of 1/256. Else pages of e4m3 are multiplied as
+  // halves.
+  bool fp8_products;
 };
 template <class Scalar>
 void prefill_attention(const PrefillAttentionParams<Scalar>& p, cudaStream_t stream);

@@ -6,7 +6,8 @@ namespace nf {
 template void prefill_attention(const PrefillAttentionParams<__nv_bfloat16>&, cudaStream_t);
 
 bool has_prefill_attention() {
-  return can_overlap<prefill::prefill_kernel<prefill::Config<__nv_bfloat16, false, 128>>>();
+  return can_overlap<
+      prefill::prefill_kernel<prefill::Config<__nv_bfloat16, __nv_bfloat16, __nv_bfloat16, 128>>>();
 }
 
 }  // namespace nf

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // What precedes the products of prefill attention: the line of items, and the warps that take items from it
 // and bring their queries, keys and values: by the copy engine, or pages of e4m3 through registers, as
-// halves.
+// halves; values of products of e4m3 by the copy engine, then transposed.
 #pragma once
 
 #include "kernels/attention/prefill_config.cuh"
@@ -97,6 +97,7 @@ struct Producer {
   const int row_shift, warp, lane;
   RingPosition<2> q_ring;
   RingPosition<C::kStages> kv_ring;
+  RingPosition<2> values_ring;  // of Fp8Smem
 
   // Makes the tile of an item the next one, for all producer warps; `item` is the first one's.
   __device__ __forceinline__ void set_next(int item) {
@@ -159,7 +160,8 @@ struct Producer {
     Pages pages;
     pages_of(pages, pages_of_lanes, 0);
     [[maybe_unused]] Held held;
-    if constexpr (C::kFp8) fetch_all(held, p.k_cache, p.k_page_stride, s.next.kv_head, pages);
+    if constexpr (C::kWidens) fetch_all(held, p.k_cache, p.k_page_stride, s.next.kv_head, pages);
+    if constexpr (C::kFp8Products) request_values(s.next.kv_head, pages);
     while (num_blocks > 0) {
       send_queries();
       const int seq = s.next.seq, kv_len = s.next.kv_len, kv_head = s.next.kv_head;
@@ -168,7 +170,7 @@ struct Producer {
         const uint32_t parity = kv_ring.parity ^ 1;
         kv_ring.advance();
         ptx::mbarrier_wait(&s.k_empty[place], parity);
-        if constexpr (C::kFp8)
+        if constexpr (C::kWidens)
           send_held(s.k[place], &s.k_full[place], held, kBlockKeys, p.v_cache, p.v_page_stride, kv_head,
                     pages);
         else
@@ -178,7 +180,7 @@ struct Producer {
           if (s.next.num_blocks > 0)
             pages_of_next = pages_from(s.next.seq, s.next.kv_len, s.next.num_blocks - 1);
         }
-        ptx::mbarrier_wait(&s.v_empty[place], parity);
+        if constexpr (!C::kFp8Products) ptx::mbarrier_wait(&s.v_empty[place], parity);
         if constexpr (!C::kFp8) send_block(maps.v, s.v[place], &s.v_full[place], kv_head, pages);
 
         const int blocks_before = block == 0 ? 0 : num_blocks - block;
@@ -187,9 +189,17 @@ struct Producer {
         else if (blocks_before % kBlocksAtOnce == 0)
           pages_of_lanes = pages_from(seq, kv_len, block - 1);
         pages_of(pages, pages_of_lanes, blocks_before);
-        if constexpr (C::kFp8)
-          send_held(s.v[place], &s.v_full[place], held, kv_len - block * kBlockKeys, p.k_cache,
-                    p.k_page_stride, block == 0 ? s.next.kv_head : kv_head, pages);
+        const int valid = kv_len - block * kBlockKeys, kv_head_after = block == 0 ? s.next.kv_head : kv_head;
+        if constexpr (C::kWidens)
+          send_held(s.v[place], &s.v_full[place], held, valid, p.k_cache, p.k_page_stride, kv_head_after,
+                    pages);
+        if constexpr (C::kFp8Products) {
+          const RingPosition<2> arriving = values_ring;
+          values_ring.advance();
+          if (block > 0 || s.next.num_blocks > 0) request_values(kv_head_after, pages);
+          ptx::mbarrier_wait(&s.v_empty[place], parity);
+          send_transposed(s.v[place], &s.v_full[place], arriving, valid);
+        }
       }
       num_blocks = s.next.num_blocks;
     }
@@ -206,15 +216,55 @@ struct Producer {
 
   __device__ __forceinline__ void send_block(const CUtensorMap& map, uint8_t* to, uint64_t* full, int kv_head,
                                              const Pages& pages) {
-    if (lane != 0) return;
-    ptx::mbarrier_arrive_expect(full, C::kTileBytes);
+    if (warp != 0 || lane != 0) return;
+    ptx::mbarrier_arrive_expect(full, C::kBlockBytes);
 #pragma unroll
     for (int i = 0; i < kBlockPages; ++i) {
 #pragma unroll
-      for (int c = 0; c < C::kChunks; ++c)
-        ptx::tensor_load(to + c * C::kChunkBytes + i * kPageTokens * kSwizzleBytes, &map, c * 64,
-                         kv_head * kPageTokens, pages[i], full);
+      for (int c = 0; c < C::kBlockChunks; ++c)
+        ptx::tensor_load(to + c * C::kChunkBytes + i * kPageTokens * kSwizzleBytes, &map,
+                         c * (C::kHeadDim / C::kBlockChunks), kv_head * kPageTokens, pages[i], full);
     }
+  }
+
+  // Products of e4m3 want values with the tokens contiguous: a block of them is copied as it is, then its
+  // bytes are transposed.
+  __device__ __forceinline__ void request_values(int kv_head, const Pages& pages) {
+    const int place = values_ring.place;
+    send_block(maps.v, s.fp8.values[place], &s.fp8.values_full[place], kv_head, pages);
+  }
+
+  // A warp transposes 32 tokens. A 16-bit element of load_matrices_trans is two columns of D: lane 4g + q
+  // gets, of columns 16u + 2g and the next, tokens 2q, 2q + 1 of every 8. Into row 16u + g go of the first
+  // column, into row 16u + g + 8 of the second, the tokens 2q, 2q + 1, 2q + 8 and 2q + 9 of every 16: as a
+  // thread's scores lie, and so that the rows of a matrix fall into different banks. What comes after `valid`
+  // tokens becomes 0: its weights are, but it may be NaN.
+  __device__ __forceinline__ void send_transposed(uint8_t* to, uint64_t* full, const RingPosition<2>& from,
+                                                  int valid) const {
+    const int first_token = warp * kWarpSize;
+    uint32_t keep[4];  // of the tokens 8 i + 2 q and 8 i + 2 q + 1
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int token = first_token + 8 * i + 2 * (lane % 4);
+      keep[i] = (token < valid ? 0x0000ffffu : 0) | (token + 1 < valid ? 0xffff0000u : 0);
+    }
+    ptx::mbarrier_wait(&s.fp8.values_full[from.place], from.parity);
+    const uint32_t source = ptx::smem_address(s.fp8.values[from.place]);
+    const int row = lane % 8 + lane / 8 % 2 * 8, unit = first_token / 16 + lane / 16;
+    const uint32_t target = ptx::smem_address(to) + swizzled(row, unit);
+#pragma unroll 4
+    for (int u = 0; u < C::kHeadDim / 16; ++u) {
+      uint32_t r[4];
+      ptx::load_matrices_trans(r, source + swizzled(first_token + lane, u));
+#pragma unroll
+      for (int i = 0; i < 4; ++i) r[i] &= keep[i];
+      const uint32_t columns[4] = {__byte_perm(r[0], r[1], 0x6420), __byte_perm(r[0], r[1], 0x7531),
+                                   __byte_perm(r[2], r[3], 0x6420), __byte_perm(r[2], r[3], 0x7531)};
+      ptx::store_matrices(target + u * 16 * kSwizzleBytes, columns);
+    }
+    ptx::fence_proxy_async();
+    sync_warps();  // the place of `from` may be filled anew
+    if (lane == 0) ptx::mbarrier_arrive(full);
   }
 
   // Pages of e4m3 go through registers. While one block is widened, the next one takes its place there. In a

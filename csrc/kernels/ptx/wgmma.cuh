@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // wgmma: D[64, N] (+)= A[64, 32 bytes of K] * B[N, 32 bytes of K]^T by a warpgroup of 128 threads, both
-// operands in shared memory, K-major with the 128-byte swizzle, FP32 accumulators. Or A in registers and B
-// [16 of K, N], N contiguous. sm_90a.
+// operands in shared memory, K-major with the 128-byte swizzle, FP32 accumulators. Or A in registers; B of 16
+// bits is then [16 of K, N], N contiguous. sm_90a.
 //
 // Discipline: wgmma_fence, the products of one group, wgmma_commit, wgmma_wait; no one touches the
 // accumulators between fence and wait.
@@ -77,16 +77,17 @@ __device__ __forceinline__ void leave_registers() {
                  : "l"(a), "l"(b), "r"(int(accumulate)));                                         \
   }
 
-// The same with A in registers, rounded from accumulators [64, 16]: those of columns 0-7 and then 8-15, two
-// neighbours a register. b: wgmma_rows_descriptor.
-#define NF_WGMMA_ROWS(kElement, kN, kRegisters, kTypes, kA, kB, kAccumulate)                               \
-  __device__ __forceinline__ void wgmma(kElement, float (&d)[kRegisters], const uint32_t* a, uint64_t b,   \
-                                        bool accumulate) {                                                 \
-    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " kAccumulate                                           \
-                 ", 0;\nwgmma.mma_async.sync.aligned.m64n" #kN kTypes " {" NF_LIST_##kN "}, {" kA "}, " kB \
-                                                                                        ", p, 1, 1, 1;\n}" \
-                 : NF_REGS_##kN                                                                            \
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(accumulate)));              \
+// The same with A in registers. Of 16 bits: rounded from accumulators [64, 16], those of columns 0-7 and then
+// 8-15, two neighbours a register; b: wgmma_rows_descriptor (kEnd transposes it). Of e4m3: [64, 32], lane 4g
+// + q has columns 4q..4q+3 of rows g and g + 8, then the same of columns 16-31.
+#define NF_WGMMA_ROWS(kElement, kN, kRegisters, kTypes, kA, kB, kAccumulate, kEnd)                       \
+  __device__ __forceinline__ void wgmma(kElement, float (&d)[kRegisters], const uint32_t* a, uint64_t b, \
+                                        bool accumulate) {                                               \
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " kAccumulate                                         \
+                 ", 0;\nwgmma.mma_async.sync.aligned.m64n" #kN kTypes " {" NF_LIST_##kN                  \
+                 "}, {" kA "}, " kB ", p, 1, 1" kEnd ";\n}"                                              \
+                 : NF_REGS_##kN                                                                          \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(accumulate)));            \
   }
 
 #define NF_LIST_8 "%0, %1, %2, %3"
@@ -141,10 +142,11 @@ __device__ __forceinline__ void leave_registers() {
 NF_WGMMA_OF(__nv_fp8_e4m3, "k32.f32.e4m3.e4m3", "")
 NF_WGMMA_OF(__nv_bfloat16, "k16.f32.bf16.bf16", ", 0, 0")
 NF_WGMMA(__half, 128, 64, "k16.f32.f16.f16", "%64", "%65", "%66", ", 0, 0")
-NF_WGMMA_ROWS(__nv_bfloat16, 64, 32, "k16.f32.bf16.bf16", "%32, %33, %34, %35", "%36", "%37")
-NF_WGMMA_ROWS(__nv_bfloat16, 128, 64, "k16.f32.bf16.bf16", "%64, %65, %66, %67", "%68", "%69")
-NF_WGMMA_ROWS(__half, 64, 32, "k16.f32.f16.f16", "%32, %33, %34, %35", "%36", "%37")
-NF_WGMMA_ROWS(__half, 128, 64, "k16.f32.f16.f16", "%64, %65, %66, %67", "%68", "%69")
+NF_WGMMA_ROWS(__nv_bfloat16, 64, 32, "k16.f32.bf16.bf16", "%32, %33, %34, %35", "%36", "%37", ", 1")
+NF_WGMMA_ROWS(__nv_bfloat16, 128, 64, "k16.f32.bf16.bf16", "%64, %65, %66, %67", "%68", "%69", ", 1")
+NF_WGMMA_ROWS(__half, 64, 32, "k16.f32.f16.f16", "%32, %33, %34, %35", "%36", "%37", ", 1")
+NF_WGMMA_ROWS(__half, 128, 64, "k16.f32.f16.f16", "%64, %65, %66, %67", "%68", "%69", ", 1")
+NF_WGMMA_ROWS(__nv_fp8_e4m3, 128, 64, "k32.f32.e4m3.e4m3", "%64, %65, %66, %67", "%68", "%69", "")
 
 #undef NF_WGMMA
 #undef NF_WGMMA_OF

@@ -12,6 +12,24 @@ namespace nf {
 constexpr float kMaxFp8 = 448.0f;    // largest finite e4m3
 constexpr float kMinScale = 1e-12f;  // so that an all-zero row divides by something
 
+// The largest |v| as a float's bits, which order as the floats do; a NaN is larger than any number.
+template <class Scalar>
+__device__ __forceinline__ uint32_t largest_bits(const Vec<Scalar>& v) {
+  uint32_t largest = 0;
+#pragma unroll
+  for (int i = 0; i < Vec<Scalar>::kPairs; ++i) {
+    const float2 f = v.pair(i);
+    largest = max(largest, max(__float_as_uint(fabsf(f.x)), __float_as_uint(fabsf(f.y))));
+  }
+  return largest;
+}
+
+// The scale of a row from its largest_bits(): NaN if it has one.
+__device__ __forceinline__ float scale_of_largest(uint32_t bits) {
+  const float largest = __uint_as_float(bits);
+  return largest != largest ? largest : fmaxf(largest / kMaxFp8, kMinScale);
+}
+
 // What many values are divided by. Its reciprocal, correctly rounded, costs as much as several quotients.
 struct Divisor {
   float value, inverse;

@@ -29,18 +29,6 @@ __global__ void __launch_bounds__(kSliceThreads) quantize_fp8_kernel(const Quant
   store_fp8(p.out + row * p.out_stride, vec, load_vec(p.x + row * p.x_stride, vec), *p.scale);
 }
 
-// The largest |v| as a float's bits, which order as the floats do; a NaN is larger than any number.
-template <class Scalar>
-__device__ __forceinline__ uint32_t largest_bits(const Vec<Scalar>& v) {
-  uint32_t largest = 0;
-#pragma unroll
-  for (int i = 0; i < Vec<Scalar>::kPairs; ++i) {
-    const float2 f = v.pair(i);
-    largest = max(largest, max(__float_as_uint(fabsf(f.x)), __float_as_uint(fabsf(f.y))));
-  }
-  return largest;
-}
-
 // The scale of a CTA's row, from each thread's largest_bits(). Call once per kernel: s_partial is not reused.
 __device__ __forceinline__ float scale_of_row(uint32_t bits) {
   __shared__ uint32_t s_partial[kWarpSize];
@@ -48,9 +36,7 @@ __device__ __forceinline__ float scale_of_row(uint32_t bits) {
   if (threadIdx.x % kWarpSize == 0) s_partial[threadIdx.x / kWarpSize] = bits;
   __syncthreads();  // s_partial complete before every warp reads it
   const uint32_t lane = threadIdx.x % kWarpSize;
-  const float largest = __uint_as_float(
-      __reduce_max_sync(kFullWarp, lane < blockDim.x / kWarpSize ? s_partial[lane] : 0u));
-  return largest != largest ? largest : fmaxf(largest / kMaxFp8, kMinScale);
+  return scale_of_largest(__reduce_max_sync(kFullWarp, lane < blockDim.x / kWarpSize ? s_partial[lane] : 0u));
 }
 
 template <class Scalar>
