@@ -48,8 +48,9 @@ def make_paged(case: cases.AttentionCase, device: torch.device) -> Paged:
     return Paged(q, tuple(dense), tuple(caches), table, q_start, torch.full((case.S,), case.length, device=device))
 
 
-def our_attention(s: Paged) -> Tensor:
-    return ops.attention(s.q, *s.caches, s.table, s.q_start, s.kv_len, softmax_scale=s.q.shape[2] ** -0.5)
+def our_attention(s: Paged, *, fp8_products: bool = False) -> Tensor:
+    options = {"softmax_scale": s.q.shape[2] ** -0.5, "fp8_products": fp8_products}
+    return ops.attention(s.q, *s.caches, s.table, s.q_start, s.kv_len, **options)
 
 
 def sdpa(s: Paged, dtype: torch.dtype | None = None) -> Tensor:

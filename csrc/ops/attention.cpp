@@ -59,6 +59,17 @@ struct Scales {
 
 constexpr int64_t kPageSize = 64;
 
+// What products of e4m3 want; the same words as reference.py's.
+void check_fp8_products(const Tensor& k_cache) {
+  const std::string want = " for fp8_products; call without them";
+  if (k_cache.scalar_type() != ScalarType::Float8_e4m3fn)
+    reject("k_cache", std::string("dtype is ") + toString(k_cache.scalar_type()) + ", want Float8_e4m3fn" +
+                          want + ", or keep keys and values in e4m3");
+  if (k_cache.size(3) != 128)
+    reject("k_cache", "head size is " + std::to_string(k_cache.size(3)) + ", want 128" + want);
+  if (!has_prefill_attention()) reject("q", "is on a GPU without the kernel of prompts, want sm_90a" + want);
+}
+
 // The caches, the page table and the sequences, checked: what both ops have in common. `rows` is q or qkv,
 // `out` is checked already.
 template <class Scalar>
@@ -108,7 +119,8 @@ AttentionParams<Scalar> common_params(const Tensor& out, const Tensor& rows, con
 
 // The same for the kernel of prompts.
 template <class Scalar>
-PrefillAttentionParams<Scalar> prefill_params(const AttentionParams<Scalar>& p, int64_t num_pages) {
+PrefillAttentionParams<Scalar> prefill_params(const AttentionParams<Scalar>& p, int64_t num_pages,
+                                              bool fp8_products) {
   return {
       .out = p.out,
       .out_scale = p.out_scale,
@@ -133,12 +145,13 @@ PrefillAttentionParams<Scalar> prefill_params(const AttentionParams<Scalar>& p, 
       .k_scale = p.k_scale,
       .v_scale = p.v_scale,
       .fp8_cache = p.fp8_cache,
+      .fp8_products = fp8_products,
   };
 }
 
 void attention(Tensor out, Tensor q, Tensor k_cache, Tensor v_cache, Tensor page_table, Tensor q_start,
                Tensor kv_len, double softmax_scale, double k_scale, double v_scale,
-               std::optional<Tensor> out_scale) {
+               std::optional<Tensor> out_scale, bool fp8_products) {
   if (q.dim() != 3) reject("q", "has " + std::to_string(q.dim()) + " dims, want 3");
   if (k_cache.dim() != 4) reject("k_cache", "has " + std::to_string(k_cache.dim()) + " dims, want 4");
   if (q.size(2) != k_cache.size(3))
@@ -148,18 +161,20 @@ void attention(Tensor out, Tensor q, Tensor k_cache, Tensor v_cache, Tensor page
   check_shape(out, {q.size(0), q.size(1), q.size(2)}, "out");
 
   const DeviceGuard guard(q.get_device_index());
+  if (fp8_products) check_fp8_products(k_cache);
   const cudaStream_t stream = current_stream(q);
   dispatch_half_types(q, "q", [&](auto scalar) {
     using Scalar = decltype(scalar);
     AttentionParams<Scalar> p = common_params<Scalar>(out, q, k_cache, v_cache, page_table, q_start, kv_len,
                                                       q.size(1), {softmax_scale, k_scale, v_scale});
     if (out_scale) p.out_scale = cptr<float>(*out_scale);
-    // More tokens than sequences: some have a prompt in this step. Each kernel leaves the other's sequences
+    // More tokens than sequences: some have a prompt in this step. (Or, where some have no token, with fewer;
+    // that matters only if prompts are computed in another way.) Each kernel leaves the other's sequences
     // alone, which only the GPU tells apart. A lone sequence has all the tokens.
-    const bool has_prompt =
-        p.num_tokens > kMostDecodeQueries && p.num_tokens > p.num_seqs && has_prefill_attention();
+    const bool has_prompt = p.num_tokens > kMostDecodeQueries &&
+                            (p.num_tokens > p.num_seqs || fp8_products) && has_prefill_attention();
     if (has_prompt) {
-      nf::prefill_attention(prefill_params(p, k_cache.size(0)), stream);
+      nf::prefill_attention(prefill_params(p, k_cache.size(0), fp8_products), stream);
       if (p.num_seqs == 1) return;
       p.most_queries = kMostDecodeQueries;
     }

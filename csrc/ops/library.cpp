@@ -45,7 +45,8 @@ STABLE_TORCH_LIBRARY(nemotron_fast, m) {
       "Tensor slots, float k_scale, float v_scale) -> ()");
   m.def(
       "attention(Tensor(a!) out, Tensor q, Tensor k_cache, Tensor v_cache, Tensor page_table, Tensor "
-      "q_start, Tensor kv_len, float softmax_scale, float k_scale, float v_scale, Tensor? out_scale) -> ()");
+      "q_start, Tensor kv_len, float softmax_scale, float k_scale, float v_scale, Tensor? out_scale, bool "
+      "fp8_products=False) -> ()");
   m.def(
       "decode_attention(Tensor(a!) out, Tensor qkv, Tensor(b!) k_cache, Tensor(c!) v_cache, Tensor cos_sin, "
       "Tensor page_table, Tensor q_start, Tensor kv_len, float softmax_scale, float k_scale, float v_scale, "

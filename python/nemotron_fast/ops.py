@@ -38,8 +38,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, out: Tensor | None = None
 
 def rms_norm_fp8(x: Tensor, weight: Tensor, scale: Tensor, eps: float, *, out: Tensor | None = None) -> Tensor:
     """out [T, E] e4m3 = quantize_fp8(rms_norm(x [T, E]), scale [1])."""
-    if out is None:
-        out = torch.empty(x.shape, dtype=reference.FP8, device=x.device)
+    out, _ = _fp8_outputs(x, out, scale)
     _ops.rms_norm_fp8.default(out, x, weight, scale, eps)
     return out
 
@@ -65,8 +64,7 @@ def add_rms_norm_fp8(
     x: Tensor, residual: Tensor, weight: Tensor, scale: Tensor, eps: float, *, out: Tensor | None = None
 ) -> Tensor:
     """residual [T, E] += x [T, E] in place; out [T, E] e4m3 = quantize_fp8(rms_norm(residual), scale [1])."""
-    if out is None:
-        out = torch.empty(x.shape, dtype=reference.FP8, device=x.device)
+    out, _ = _fp8_outputs(x, out, scale)
     _ops.add_rms_norm_fp8.default(out, residual, x, weight, scale, eps)
     return out
 
@@ -90,8 +88,7 @@ def row_stats(x: Tensor, norm_weight: Tensor | None = None, *, out: Tensor | Non
 
 def quantize_fp8(x: Tensor, scale: Tensor, *, out: Tensor | None = None) -> Tensor:
     """out [T, X] e4m3 = x / scale, saturating; scale [1] float32."""
-    if out is None:
-        out = torch.empty(x.shape, dtype=reference.FP8, device=x.device)
+    out, _ = _fp8_outputs(x, out, scale)
     _ops.quantize_fp8.default(out, x, scale)
     return out
 
@@ -106,7 +103,7 @@ def quantize_fp8_per_token(
 
 
 def _fp8_outputs(x: Tensor, out: Tensor | None, scale: Tensor | None) -> tuple[Tensor, Tensor]:
-    """For rows with a scale each: what was not given is allocated."""
+    """e4m3 rows, and a scale for each: what was not given is allocated."""
     if out is None:
         out = torch.empty(x.shape, dtype=reference.FP8, device=x.device)
     if scale is None:
@@ -254,18 +251,20 @@ def attention(
     k_scale: float = 1.0,
     v_scale: float = 1.0,
     out_scale: Tensor | None = None,
+    fp8_products: bool = False,
     out: Tensor | None = None,
 ) -> Tensor:
     """out [T, H, D]: causal attention of q [T, H, D] over the caches [P, K, B, D]; e4m3 if there is an out_scale [1].
 
     page_table [S, pages] int64, q_start [S + 1] int64, kv_len [S] int64: sequence s owns queries
-    q_start[s]..q_start[s+1]-1, which are the last of its kv_len[s] cached tokens.
+    q_start[s]..q_start[s+1]-1, which are the last of its kv_len[s] cached tokens. `fp8_products` (e4m3 caches, D 128):
+    where these are more than 8, q, a scale each row, and the softmax weights are rounded to e4m3 for the products.
     """
     if out is None:
         dtype = q.dtype if out_scale is None else reference.FP8
         out = torch.empty_like(q, dtype=dtype, memory_format=torch.contiguous_format)
     scales = (softmax_scale, k_scale, v_scale, out_scale)
-    _ops.attention.default(out, q, k_cache, v_cache, page_table, q_start, kv_len, *scales)
+    _ops.attention.default(out, q, k_cache, v_cache, page_table, q_start, kv_len, *scales, fp8_products)
     return out
 
 

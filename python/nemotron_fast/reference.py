@@ -16,8 +16,10 @@ from torch.nn import functional
 
 FP8 = torch.float8_e4m3fn
 FP8_MAX = 448.0  # largest finite e4m3
-CHUNK_ELEMENTS = 1 << 22  # of an FP8 weight that are held in FP32
+CHUNK_ELEMENTS = 1 << 22  # of an FP8 weight, or of scores of e4m3 products, that are held in FP32
 STATS_BLOCK = 128  # columns of a block of row_stats
+MOST_DECODE_QUERIES = 8  # sequences with more in a step are prompts (kMostDecodeQueries)
+WEIGHT_SCALE = 256.0  # of softmax weights in e4m3: 1 becomes 256
 MIN_SCALE = 1e-12  # of a dynamic scale, so that an all-zero row divides by something
 
 
@@ -173,18 +175,25 @@ def attention(
     k_scale: float,
     v_scale: float,
     out_scale: Tensor | None = None,
+    fp8_products: bool = False,
 ) -> Tensor:
     """Causal attention over paged KV, variable lengths, grouped heads; with an out_scale, quantize_fp8 of it.
 
     Sequence s owns the queries q_start[s]..q_start[s+1]-1; they are the last of its kv_len[s] tokens. Rows behind the
-    last query, which decode_attention may have, are zero in the result.
+    last query, which decode_attention may have, are zero in the result. `fp8_products`: prompts through _attend_fp8.
     """
+    if fp8_products:
+        _check_fp8_products(k_cache_PKBD)
     out_THD = torch.zeros_like(q_THD, memory_format=torch.contiguous_format)
     page_size = k_cache_PKBD.shape[2]
     starts, lengths = q_start_S.tolist(), kv_len_S.tolist()
     for s, length in enumerate(lengths):
         rows = slice(starts[s], starts[s + 1])
         pages = page_table_SP[s, : -(-length // page_size)]
+        if fp8_products and starts[s + 1] - starts[s] > MOST_DECODE_QUERIES:
+            k_KSD, v_KSD = (_gather(cache, pages, length, 1.0) for cache in (k_cache_PKBD, v_cache_PKBD))
+            out_THD[rows] = _attend_fp8(q_THD[rows], k_KSD, v_KSD, softmax_scale * k_scale, v_scale).to(out_THD.dtype)
+            continue
         k_KSD = _gather(k_cache_PKBD, pages, length, k_scale)
         v_KSD = _gather(v_cache_PKBD, pages, length, v_scale)
         q_HND = _wide(q_THD[rows]).transpose(0, 1)
@@ -202,6 +211,47 @@ def attention(
         )[0]
         out_THD[rows] = o_HND.transpose(0, 1).to(out_THD.dtype)
     return out_THD if out_scale is None else quantize_fp8(out_THD, out_scale)
+
+
+def _attend_fp8(q_NHD: Tensor, k_KSD: Tensor, v_KSD: Tensor, score_scale: float, v_scale: float) -> Tensor:
+    """One prompt's attention with the operands of both products in e4m3, on the codes of keys and values, [N, H, D].
+
+    Rows of q are quantize_fp8_per_token's. Weights are exp(score - the largest of the row); times values go those
+    rounded, 256 for 1, and their sum is that of the unrounded ones. (The kernel takes the largest of the keys so far,
+    in blocks of 128 from the last to the first: where that is not the row's, it rounds other multiples.)
+    """
+    (N, H, _), (K, S, _) = q_NHD.shape, k_KSD.shape
+    rounded_q = quantize_fp8_per_token(q_NHD.flatten(0, 1))
+    codes_XD, scale_X, k_KSD, v_KSD = (t.to(_wide(q_NHD).dtype) for t in (*rounded_q, k_KSD, v_KSD))
+    codes_NKGD = codes_XD.view(N, K, H // K, -1)
+    scale_KGN1 = scale_X.view(N, K, H // K).permute(1, 2, 0)[..., None] * score_scale
+    rows = max(1, CHUNK_ELEMENTS // (H * S))  # of which the scores are there at a time
+    parts = []
+    for begin in range(0, N, rows):
+        end = min(begin + rows, N)
+        seen = S - N + end  # keys that the last of these queries sees
+        hidden = torch.ones(end - begin, seen, dtype=torch.bool, device=q_NHD.device).triu(seen - (end - begin) + 1)
+        scores_KGNS = torch.einsum("nkgd,ksd->kgns", codes_NKGD[begin:end], k_KSD[:, :seen])
+        scores_KGNS = (scores_KGNS * scale_KGN1[:, :, begin:end]).masked_fill(hidden, -torch.inf)
+        weights_KGNS = torch.exp(scores_KGNS - scores_KGNS.amax(-1, keepdim=True))
+        rounded_KGNS = (weights_KGNS * WEIGHT_SCALE).to(FP8).to(k_KSD.dtype)
+        sums_KGND = torch.einsum("kgns,ksd->kgnd", rounded_KGNS, v_KSD[:, :seen])
+        sums_KGND *= v_scale / (WEIGHT_SCALE * weights_KGNS.sum(-1, keepdim=True))
+        parts.append(sums_KGND.permute(2, 0, 1, 3).flatten(1, 2))
+    return torch.cat(parts)
+
+
+def _check_fp8_products(k_cache_PKBD: Tensor) -> None:
+    """As csrc/ops/attention.cpp."""
+    dtype, dim = k_cache_PKBD.dtype, k_cache_PKBD.shape[3]
+    if dtype != FP8:
+        found = str(dtype).removeprefix("torch.")
+        raise RuntimeError(
+            f"k_cache: dtype is {found}, want float8_e4m3fn for fp8_products; call without them, or keep keys and "
+            "values in e4m3"
+        )
+    if dim != 128:
+        raise RuntimeError(f"k_cache: head size is {dim}, want 128 for fp8_products; call without them")
 
 
 def decode_attention(

@@ -4,7 +4,7 @@
 import pytest
 import torch
 
-from nemotron_fast import ops
+from nemotron_fast import ops, reference
 from nemotron_fast.testing.compare import assert_close, poison
 
 FP8 = torch.float8_e4m3fn
@@ -18,6 +18,25 @@ def dense_attention(q_HD, k_KSD, v_KSD, scale):
     for h, q_D in enumerate(q_HD):
         weights = torch.softmax(k_KSD[h // group] @ q_D * scale, dim=0)
         rows.append(weights @ v_KSD[h // group])
+    return torch.stack(rows)
+
+
+def round_e4m3(x):
+    """Of x as FP32: the nearest multiple of a sixteenth of the power of two above |x|, or of 2^-9; ties to even."""
+    x = x.float().double()
+    step = torch.ldexp(torch.ones_like(x), (torch.frexp(x).exponent - 4).clamp(min=-9))
+    return ((x / step).round() * step).clamp(-448, 448)
+
+
+def dense_fp8_attention(q_HD, k_KSD, v_KSD, score_scale, v_scale):
+    """The same with operands of e4m3; keys and values are those of the cache, without their scales."""
+    group = q_HD.shape[0] // k_KSD.shape[0]
+    rows = []
+    for h, q_D in enumerate(q_HD):
+        q_scale = (q_D.abs().max() / 448).float().double().clamp(min=1e-12)
+        scores = k_KSD[h // group] @ round_e4m3(q_D / q_scale) * q_scale * score_scale
+        weights = torch.exp(scores - scores.max())
+        rows.append(round_e4m3(256 * weights) @ v_KSD[h // group] * v_scale / (256 * weights.sum()))
     return torch.stack(rows)
 
 
@@ -72,6 +91,60 @@ def test_attention_takes_queries_as_a_strided_view():
     out_scale = torch.tensor([0.01])
     quantised = ops.attention(view, *args, softmax_scale=0.125, out_scale=out_scale)
     assert torch.equal(quantised.float(), ops.quantize_fp8(want, out_scale).float())
+
+
+@pytest.mark.parametrize("dtype,rtol,atol", [(torch.float64, 1e-6, 1e-7), (torch.bfloat16, 2**-7, 2**-6)])
+@pytest.mark.parametrize("H,K", [(4, 4), (9, 3), (8, 1)])
+def test_fp8_products(H, K, dtype, rtol, atol, monkeypatch):
+    """Of sequences with more than 8 queries: a whole prompt, its last chunk, the fewest queries; the others as always.
+
+    In FP64 both sides round the same numbers; in BF16 the reference has FP32 scores, which may round otherwise where
+    they lie at a border. Queries are computed a few at a time.
+    """
+    monkeypatch.setattr(reference, "CHUNK_ELEMENTS", 9 * H * 130)
+    shape = [(70, 70), (8, 100), (30, 200), (1, 64), (9, 130)]
+    q_start = torch.tensor([0, 70, 78, 108, 109, 118])
+    table = torch.randperm(20).view(5, 4)
+    caches = [torch.randn(20, K, PAGE, 128).mul(2).to(FP8) for _ in "kv"]
+    q_THD = torch.randn(118, H, 128, dtype=dtype) * 2
+    q_THD[3] = 0  # all weights are equal
+    kv_len = torch.tensor([n for _, n in shape])
+    scales = {"softmax_scale": 128**-0.5, "k_scale": 0.5, "v_scale": 0.25}
+    args = (q_THD, *caches, table, q_start, kv_len)
+    out = poison(*q_THD.shape, dtype=dtype, device="cpu")
+    ops.attention(*args, **scales, fp8_products=True, out=out)
+    plain = ops.attention(*args, **scales)
+    for s, (new, length) in enumerate(shape):
+        rows = slice(q_start[s], q_start[s + 1])
+        if new <= 8:
+            assert torch.equal(out[rows], plain[rows])
+            continue
+        k_KSD, v_KSD = (c.double()[table[s]].transpose(0, 1).flatten(1, 2)[:, :length] for c in caches)
+        for i, (q_HD, out_HD) in enumerate(zip(q_THD[rows].double(), out[rows], strict=True)):
+            seen = length - new + i + 1
+            want = dense_fp8_attention(q_HD, k_KSD[:, :seen], v_KSD[:, :seen], 0.5 * 128**-0.5, 0.25)
+            assert_close(out_HD, want, rtol=rtol, atol=atol)
+    error, size = ((t[:70] - p[:70]).double().norm() for t, p in ((out, plain), (plain, 0 * plain)))
+    assert 2**-6 < error / size < 2**-3  # what the roundings are for
+    out_scale = torch.tensor([0.01])
+    quantised = ops.attention(*args, **scales, fp8_products=True, out_scale=out_scale)
+    assert torch.equal(quantised.float(), ops.quantize_fp8(out, out_scale).float())
+
+
+@pytest.mark.parametrize(
+    "D,dtype,message",
+    [
+        (128, torch.bfloat16, "k_cache: dtype is bfloat16, want float8_e4m3fn for fp8_products; call without them, or"),
+        (64, FP8, "k_cache: head size is 64, want 128 for fp8_products; call without them"),
+    ],
+)
+def test_fp8_products_rejects(D, dtype, message):
+    """In whatever step."""
+    cache, table = torch.zeros(1, 1, PAGE, D).to(dtype), torch.zeros(1, 1, dtype=torch.int64)
+    for new in (1, 20):
+        q, q_start = torch.zeros(new, 4, D).bfloat16(), torch.tensor([0, new])
+        with pytest.raises(RuntimeError, match=message):
+            ops.attention(q, cache, cache, table, q_start, q_start[1:], softmax_scale=1.0, fp8_products=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, FP8])

@@ -29,6 +29,7 @@ class Problem:
     D: int = 128
     dtype: torch.dtype = torch.bfloat16
     kv_dtype: torch.dtype = torch.bfloat16
+    fp8_products: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -73,6 +74,7 @@ class Problem:
             k_scale=self.k_scale,
             v_scale=self.v_scale,
             out_scale=out_scale,
+            fp8_products=self.fp8_products,
             out=out,
         )
 
@@ -90,13 +92,20 @@ class Problem:
         return q_HND, k_HSD, v_HSD, sees
 
     def check(self, out: Tensor) -> None:
-        """At most twice the error of the same in torch, with scores and output in FP32 and weights in q's type."""
-        for s in range(len(self.shape)):
+        """At most twice the error of the same in torch, with scores and output in FP32 and weights in q's type; where
+        products are of e4m3, of the rounded q, with weights in e4m3 that sum as they were."""
+        for s, (new, _) in enumerate(self.shape):
             q, k, v, sees = self.dense(s)
+            rounds = self.fp8_products and new > 8
+            if rounds:
+                scale = (q.abs().amax(-1, keepdim=True) / 448).clamp(min=1e-12).float()
+                q = (q.float() / scale).to(FP8).double() * scale
             scores = (q @ k.transpose(1, 2) * self.D**-0.5).masked_fill(~sees, -math.inf)
             want = torch.softmax(scores, -1) @ v
-            weights = torch.exp(scores - scores.amax(-1, keepdim=True)).float().to(self.dtype)
-            peer = (weights.double() @ v / weights.double().sum(-1, keepdim=True)).to(self.dtype)
+            exact = torch.exp(scores - scores.amax(-1, keepdim=True)).float()
+            weights = (256 * exact).to(FP8).double() / 256 if rounds else exact.to(self.dtype).double()
+            total = (exact if rounds else weights).double().sum(-1, keepdim=True)
+            peer = (weights @ v / total).to(self.dtype)
             rows = slice(int(self.q_start[s]), int(self.q_start[s + 1]))
             assert_as_good_as(out[rows].transpose(0, 1), peer, want)
 
@@ -196,6 +205,21 @@ def test_rejects(H: int, K: int, D: int, message: str) -> None:
     table, q_start = torch.zeros(1, 1, dtype=torch.int64, device="cuda"), torch.tensor([0, 1], device="cuda")
     with pytest.raises(RuntimeError, match=message):
         ops.attention(q, cache, cache, table, q_start, q_start[1:], softmax_scale=1.0)
+
+
+@pytest.mark.parametrize(
+    "D,kv_dtype,message",
+    [
+        (128, torch.bfloat16, "k_cache: dtype is BFloat16, want Float8_e4m3fn for fp8_products; call without them"),
+        (64, FP8, "k_cache: head size is 64, want 128 for fp8_products; call without them"),
+    ],
+)
+def test_rejects_fp8_products(D: int, kv_dtype: torch.dtype, message: str) -> None:
+    """In whatever step."""
+    for new in (1, 20):
+        problem = Problem([(new, 20)], 8, 1, D, kv_dtype=kv_dtype, fp8_products=True)
+        with pytest.raises(RuntimeError, match=message):
+            problem.run()
 
 
 def test_opcheck() -> None:

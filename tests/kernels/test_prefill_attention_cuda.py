@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 import pytest
@@ -15,6 +16,16 @@ from nemotron_fast.testing.compare import assert_bit_equal, assert_close, poison
 
 pytestmark = pytest.mark.gpu
 # New tokens, all tokens: whole prompts around the edges of tiles and blocks, later chunks, decoding between them.
+KINDS = {"bf16": {}, "e4m3": {"kv_dtype": FP8}, "e4m3 products": {"kv_dtype": FP8, "fp8_products": True}}
+every_kind = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+every_kind_and_size = pytest.mark.parametrize(
+    "D,kind",
+    [
+        pytest.param(D, kind, id=f"{D}-{name}")
+        for (name, kind), D in itertools.product(KINDS.items(), (64, 128))
+        if D == 128 or "fp8_products" not in kind
+    ],
+)
 MIXED = [(9, 9), (65, 65), (1, 70), (200, 333), (1, 1), (8, 100), (500, 1200), (128, 128), (129, 129), (16, 2048)]
 
 
@@ -32,29 +43,30 @@ def run_chunk(problem: Problem, s: int, begin: int, end: int) -> Tensor:
         softmax_scale=problem.D**-0.5,
         k_scale=problem.k_scale,
         v_scale=problem.v_scale,
+        fp8_products=problem.fp8_products,
         out=poison(*q.shape, dtype=q.dtype, device="cuda"),
     )
 
 
-@pytest.mark.parametrize("kv_dtype", [torch.bfloat16, FP8], ids=str)
-@pytest.mark.parametrize("D", [64, 128])
+@every_kind_and_size
 @pytest.mark.parametrize("H,K", [(64, 8), (32, 2), (8, 8), (9, 3), (5, 1)])
-def test_mixed_batch(H: int, K: int, D: int, kv_dtype: torch.dtype) -> None:
-    problem = Problem(MIXED, H, K, D, kv_dtype=kv_dtype)
+def test_mixed_batch(H: int, K: int, D: int, kind: dict) -> None:
+    problem = Problem(MIXED, H, K, D, **kind)
     out = problem.run()
     problem.check(out)
     assert_bit_equal(problem.run(), out)
 
 
-@pytest.mark.parametrize("kv_dtype", [torch.float16, FP8], ids=str)
-def test_half(kv_dtype: torch.dtype) -> None:
-    problem = Problem(MIXED, 16, 2, dtype=torch.float16, kv_dtype=kv_dtype)
+@every_kind
+def test_half(kind: dict) -> None:
+    """In the place of BF16."""
+    problem = Problem(MIXED, 16, 2, **{"dtype": torch.float16, "kv_dtype": torch.float16} | kind)
     problem.check(problem.run())
 
 
-@pytest.mark.parametrize("kv_dtype", [torch.bfloat16, FP8], ids=str)
-def test_same_bits_alone_and_in_a_batch(kv_dtype: torch.dtype) -> None:
-    problem = Problem(MIXED, 64, 8, kv_dtype=kv_dtype)
+@every_kind
+def test_same_bits_alone_and_in_a_batch(kind: dict) -> None:
+    problem = Problem(MIXED, 64, 8, **kind)
     out = problem.run()
     for s in range(len(MIXED)):
         rows = slice(int(problem.q_start[s]), int(problem.q_start[s + 1]))
@@ -63,28 +75,29 @@ def test_same_bits_alone_and_in_a_batch(kv_dtype: torch.dtype) -> None:
     assert_bit_equal(problem.run(slice(2, 5)), out[int(problem.q_start[2]) : int(problem.q_start[5])])
 
 
-@pytest.mark.parametrize("kv_dtype", [torch.bfloat16, FP8], ids=str)
-@pytest.mark.parametrize("D", [64, 128])
+@every_kind_and_size
 @pytest.mark.parametrize("H,K", [(64, 8), (9, 3)])
-def test_quantised_result(H: int, K: int, D: int, kv_dtype: torch.dtype) -> None:
+def test_quantised_result(H: int, K: int, D: int, kind: dict) -> None:
     """The kernels of prompts and of decoding alike."""
-    problem, scale = Problem(MIXED, H, K, D, kv_dtype=kv_dtype), torch.tensor([0.007], device="cuda")
+    problem, scale = Problem(MIXED, H, K, D, **kind), torch.tensor([0.007], device="cuda")
     assert_bit_equal(problem.run(out_scale=scale).flatten(1), ops.quantize_fp8(problem.run().flatten(1), scale))
 
 
+@every_kind
 @pytest.mark.parametrize("H,K", [(64, 8), (9, 3)])
-def test_same_bits_in_any_chunks(H: int, K: int) -> None:
-    problem = Problem([(1000, 1500)], H, K)
+def test_same_bits_in_any_chunks(H: int, K: int, kind: dict) -> None:
+    problem = Problem([(1000, 1500)], H, K, **kind)
     whole = problem.run()
     for cuts in ([0, 500, 1000], [0, 9, 77, 205, 461, 990, 1000], [0, 12, 24, 1000]):
         parts = [run_chunk(problem, 0, begin, end) for begin, end in itertools.pairwise(cuts)]
         assert_bit_equal(torch.cat(parts), whole)
 
 
-def test_large_batch_and_long_context() -> None:
-    problem = Problem([(20 + i % 50, 20 + i % 50 + 7 * i) for i in range(200)], 16, 2)
+@every_kind
+def test_large_batch_and_long_context(kind: dict) -> None:
+    problem = Problem([(20 + i % 50, 20 + i % 50 + 7 * i) for i in range(200)], 16, 2, **kind)
     problem.check(problem.run())
-    problem = Problem([(300, 131072)], 8, 1)
+    problem = Problem([(300, 131072)], 8, 1, **kind)
     problem.check(problem.run())
 
 
@@ -95,6 +108,42 @@ def test_against_the_reference() -> None:
     rest = [t.cpu() for t in (problem.table, problem.q_start, problem.kv_len)]
     want = reference.attention(problem.q.cpu(), *caches, *rest, 128**-0.5, 1.0, 1.0)
     assert_close(problem.run(), want, rtol=2**-6, atol=2**-5)
+
+
+@pytest.mark.parametrize("equal_values", [False, True])
+@pytest.mark.parametrize("H,K", [(64, 8), (9, 3)])
+def test_fp8_products_round_as_the_reference(H: int, K: int, equal_values: bool) -> None:
+    """Sequences of one block of keys: the largest score so far is the row's, so that both round the same weights.
+
+    In units of what the reference's roundings change: 0.16 if the tensor cores, which keep 14 bits of a sum, err by
+    2^-12 in scores and so push weights over borders; but 0.9 or more if q or the weights were not rounded, 1.3 if under
+    another scale (all simulated). q is small, so that the roundings of weights count as much as its own. Where values
+    are equal, the change is what the rounded weights sum to over what the others do.
+    """
+    problem = Problem([(128, 128), (9, 9), (30, 100), (65, 65)], H, K, kv_dtype=FP8, fp8_products=True)
+    problem.q *= 0.25
+    if equal_values:
+        problem.caches[1] = torch.full(problem.caches[1].shape, 2.0, device="cuda").to(FP8)
+    rest = (problem.table, problem.q_start, problem.kv_len)
+    args = [t.cpu() for t in (problem.q, *problem.caches, *rest)]
+    scales = (128**-0.5, problem.k_scale, problem.v_scale, None)
+    rounded, exact = (reference.attention(*args, *scales, products).float() for products in (True, False))
+    error, unit = ((t - rounded).square().mean().sqrt().item() for t in (problem.run().cpu().float(), exact))
+    assert error <= 0.4 * unit
+
+
+def test_fp8_products_are_those_of_prompts_alone() -> None:
+    """Whatever the step holds besides; the last has fewer tokens than sequences."""
+    for shape in ([(20, 50), (8, 100), (1, 300)], [(1, 40), (8, 8)], [(10, 50), *[(0, 5)] * 20]):
+        problem = Problem(shape, 16, 2, kv_dtype=FP8, fp8_products=True)
+        out, plain = (p.run() for p in (problem, dataclasses.replace(problem, fp8_products=False)))
+        for s, (new, _) in enumerate(shape):
+            rows = slice(int(problem.q_start[s]), int(problem.q_start[s + 1]))
+            if new <= 8:
+                assert_bit_equal(out[rows], plain[rows])
+            else:
+                assert_bit_equal(out[rows], problem.run(slice(s, s + 1)))
+                assert not torch.equal(out[rows], plain[rows])
 
 
 def test_rejects_too_many_sequences() -> None:

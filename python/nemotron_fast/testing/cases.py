@@ -141,7 +141,8 @@ class PackedCase(LinearCase):
 
 @dataclass(frozen=True)
 class AttentionCase:
-    """S sequences of `length` cached tokens each, of which the last `new` are the queries; Super's heads by default."""
+    """S sequences of `length` cached tokens each, of which the last `new` are the queries; Super's heads by default.
+    `fp8_products`: of e4m3, with an FP8 cache."""
 
     S: int
     length: int
@@ -150,11 +151,12 @@ class AttentionCase:
     K: int = 8
     D: int = 128
     fp8_kv: bool = False
+    fp8_products: bool = False
 
     op = "attention"
 
     def __str__(self) -> str:
-        kv = "fp8" if self.fp8_kv else "bf16"
+        kv = ("fp8" if self.fp8_kv else "bf16") + "-products" * self.fp8_products
         return f"attention-{kv}-S{self.S}-L{self.length}-new{self.new}-H{self.H}-K{self.K}"
 
     @property
@@ -172,6 +174,7 @@ ATTENTION_BENCH = (
     *(AttentionCase(1, length, K=4) for length in (1024, 8192)),
 )
 ATTENTION_BENCH_CPU = (AttentionCase(2, 300, H=8, K=1), AttentionCase(1, 200, H=8, K=2, fp8_kv=True))
+_PREFILL_FP8 = (*((1, n, n) for n in (512, 2048, 8192, 32768)), (1, 8192, 2048), (1, 32768, 256), (16, 512, 512))
 PREFILL_BENCH = (
     *(AttentionCase(1, n, n) for n in (512, 2048, 4096, 8192, 32768)),
     *(AttentionCase(1, n, n, fp8_kv=True) for n in (2048, 8192)),
@@ -180,8 +183,13 @@ PREFILL_BENCH = (
     AttentionCase(16, 512, 512),
     AttentionCase(1, 8192, 8192, H=128),
     AttentionCase(1, 8192, 8192, H=32, D=64),
+    *(AttentionCase(*shape, fp8_kv=True, fp8_products=True) for shape in _PREFILL_FP8),
 )
-PREFILL_BENCH_CPU = (AttentionCase(1, 128, 128, 8, 1), AttentionCase(2, 100, 40, 8, 2))
+PREFILL_BENCH_CPU = (
+    AttentionCase(1, 128, 128, 8, 1),
+    AttentionCase(2, 100, 40, 8, 2),
+    AttentionCase(2, 300, 40, 8, 2, fp8_kv=True, fp8_products=True),
+)
 
 
 @dataclass(frozen=True)
