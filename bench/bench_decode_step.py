@@ -219,6 +219,7 @@ def main() -> None:
         "--random-weights", choices=("normal", "dummy"), default="normal", help="dummy: as vLLM's (default %(default)s)"
     )
     parser.add_argument("--kv-dtype", default="fp8", help="type of the KV cache (default %(default)s)")
+    parser.add_argument("--fp8-attention", action="store_true", help="of the prompt beside: products of e4m3")
     parser.add_argument("--steps", type=int, default=24, help="engine steps to time (default %(default)s)")
     parser.add_argument("--beside", type=int, default=0, metavar="N", help="tokens of a prompt computed beside")
     parser.add_argument("--repeats", type=int, default=9, help="groups of replays to time (default %(default)s)")
@@ -237,6 +238,7 @@ def main() -> None:
         random_weights=args.random_weights,
         quantize=args.quantize,
         kv_dtype=args.kv_dtype,
+        fp8_attention=args.fp8_attention,
         max_model_len=max(max(contexts) + num_steps(args), args.beside) + 1,
         max_num_seqs=max(batches) + (args.beside > 0),
         max_mixed_tokens=MIXED_TOKENS,
@@ -255,6 +257,7 @@ def main() -> None:
             "quantize": args.quantize,
             "random_weights": args.random_weights,
             "kv_dtype": args.kv_dtype,
+            "fp8_attention": args.fp8_attention,
             "ceilings": ceilings,
             "results": results,
         }

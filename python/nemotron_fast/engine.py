@@ -26,7 +26,7 @@ from nemotron_fast.weights import ModelWeights
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """Sizes that are fixed for the engine's life."""
+    """Sizes and switches that are fixed for the engine's life."""
 
     max_model_len: int  # tokens of one sequence, prompt and output together
     num_pages: int  # of the KV cache
@@ -34,6 +34,7 @@ class EngineOptions:
     max_batched_tokens: int = 512  # tokens in one step
     max_mixed_tokens: int | None = None  # tokens in a step that both decodes and computes prompts; None: as above
     prefix_caching: bool = True  # use pages of the KV cache again that hold the same tokens
+    fp8_attention: bool = False  # attention of prompts with products of e4m3: an FP8 KV cache, head size 128
     seed: int = 0
     overlap: bool = False  # launch a step before the tokens of the one before are known
     padded_decode: bool = False  # pad decode steps to a few sizes, which on a GPU are replayed as CUDA graphs
@@ -53,7 +54,7 @@ class Engine:
             )
         self.config, self.options = config, options
         self.device = weights.embed.device
-        self.model = Model(config, weights, options.max_model_len)
+        self.model = Model(config, weights, options.max_model_len, fp8_attention=options.fp8_attention)
         self.cache = make_kv_cache(config, options.num_pages, dtype=kv_dtype, device=self.device)
         self.executor = Executor(
             self.model,

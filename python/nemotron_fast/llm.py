@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 
 from nemotron_fast.cache_size import size_cache
 from nemotron_fast.conversation import Conversation, prepare_chat
-from nemotron_fast.device import KV_DTYPES, free_bytes, resolve_device, resolve_dtype
+from nemotron_fast.device import KV_DTYPES, free_bytes, resolve_device
 from nemotron_fast.engine import Engine, EngineOptions
 from nemotron_fast.errors import Problems, RequestError
 from nemotron_fast.footprint import workspace_bytes
@@ -36,6 +36,8 @@ class LLM:
         quantize: "fp8" quantises the linears of a BF16, FP16 or FP32 checkpoint while loading; "fp8-static" gives
             random weights the layout of NVIDIA's FP8 checkpoints, static scales of activations among it.
         kv_dtype: type of the KV cache; "auto" = FP8 if the checkpoint says so, else `dtype`.
+        fp8_attention: compute the attention of prompts (sequences with more than 8 new tokens in a step) with products
+            of e4m3, for which queries and softmax weights are rounded; wants an FP8 KV cache and head size 128.
         max_model_len: tokens of one sequence; None = what the model and the memory allow.
         max_num_seqs: sequences that run at once.
         max_batched_tokens: tokens of one step, prompts and decoding together; None = 2048 on a GPU, 512 on a CPU.
@@ -62,6 +64,7 @@ class LLM:
         dtype: str = "auto",
         quantize: str | None = None,
         kv_dtype: str = "auto",
+        fp8_attention: bool = False,
         max_model_len: int | None = None,
         max_num_seqs: int = 64,
         max_batched_tokens: int | None = None,
@@ -88,19 +91,18 @@ class LLM:
             device=where,
             dtype=dtype,
             quantize=quantize,
+            kv_dtype=kv_dtype,
+            fp8_attention=fp8_attention,
             random=NORMAL if random_weights is True else random_weights or None,
             use_defaults=generation_config == "auto",
         )
         config = loaded.config
-        auto_kv = "fp8" if loaded.kv_cache_fp8 else loaded.dtype_name
-        kv_type = resolve_dtype(kv_dtype, auto_kv, KV_DTYPES, "kv_dtype")
-        kv_name = next(name for name, t in KV_DTYPES.items() if t == kv_type)
         on_gpu = where.type == "cuda"
         batched_tokens = max_batched_tokens or (GPU_BATCHED_TOKENS if on_gpu else CPU_BATCHED_TOKENS)
         share = GPU_KV_SHARE if on_gpu else CPU_KV_SHARE
         workspace = workspace_bytes(config, num_tokens=batched_tokens, num_seqs=max_num_seqs, dtype=loaded.dtype_name)
         budget = max(int((free_bytes(where) - sum(workspace.values())) * share), 0)
-        length, num_pages = size_cache(config, kv_name, max_model_len, max_num_seqs, budget)
+        length, num_pages = size_cache(config, loaded.kv_dtype_name, max_model_len, max_num_seqs, budget)
         options = EngineOptions(
             max_model_len=length,
             num_pages=num_pages,
@@ -108,6 +110,7 @@ class LLM:
             max_batched_tokens=batched_tokens,
             max_mixed_tokens=max_mixed_tokens,
             prefix_caching=prefix_caching,
+            fp8_attention=fp8_attention,
             seed=seed,
             overlap=on_gpu,
             padded_decode=on_gpu and cuda_graphs,
@@ -117,7 +120,7 @@ class LLM:
         self.max_model_len = length
         self.device = where
         self.sampling_defaults = loaded.defaults.sampling
-        engine = Engine(config, loaded.weights, kv_dtype=kv_type, options=options)
+        engine = Engine(config, loaded.weights, kv_dtype=KV_DTYPES[loaded.kv_dtype_name], options=options)
         self.text_engine = TextEngine(engine, self.tokenizer, self.sampling_defaults)
         if self.sampling_defaults:
             values = ", ".join(f"{k}={v}" for k, v in self.sampling_defaults.items())

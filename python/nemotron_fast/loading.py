@@ -12,7 +12,8 @@ import torch
 
 from nemotron_fast.config import ModelConfig, read_config_json
 from nemotron_fast.device import DTYPES, free_bytes, resolve_dtype
-from nemotron_fast.errors import CapacityError, CheckpointError, RequestError
+from nemotron_fast.dtypes import FP8, dtype_name
+from nemotron_fast.errors import CapacityError, CheckpointError, Problems, RequestError
 from nemotron_fast.footprint import weight_bytes
 from nemotron_fast.generation_defaults import GenerationDefaults, read_generation_defaults
 from nemotron_fast.models import resolve_model
@@ -33,7 +34,7 @@ class LoadedModel:
     tokenizer: Tokenizer | None  # None: the folder has no tokenizer.json
     defaults: GenerationDefaults
     dtype_name: str  # of the activations
-    kv_cache_fp8: bool  # the checkpoint asks for an FP8 KV cache
+    kv_dtype_name: str  # of the KV cache
 
 
 def load_model(
@@ -42,6 +43,8 @@ def load_model(
     device: torch.device,
     dtype: str,
     quantize: str | None,
+    kv_dtype: str = "auto",
+    fp8_attention: bool = False,
     random: str | None = None,
     use_defaults: bool = True,
 ) -> LoadedModel:
@@ -49,7 +52,7 @@ def load_model(
 
     With `random`, which values of random_weights.py, the weights are random, in the types that the config or
     `quantize` names, and `model` may be a bare config.json. Without `use_defaults` only the end-of-sequence ids of
-    generation_config.json count.
+    generation_config.json count. `fp8_attention` is refused where it cannot be.
 
     Raises:
         CheckpointError, ConfigError, CapacityError, RequestError.
@@ -72,11 +75,14 @@ def load_model(
             f"vocab_size={config.vocab_size} of config.json; mend the files"
         )
     config = dataclasses.replace(config, eos_token_ids=tuple(dict.fromkeys(eos)))
-    dtype_name = config.dtype if dtype == "auto" else dtype
-    needed = weight_bytes(config, dtype=dtype_name, quantize=quantize, quant=quant)
+    activations = config.dtype if dtype == "auto" else dtype
+    kv_name = dtype_name(kv_dtype, FP8 if quant is not None and quant.kv_cache_fp8 else activations, what="kv_dtype")
+    if fp8_attention:
+        _check_fp8_attention(config, kv_name)
+    needed = weight_bytes(config, dtype=activations, quantize=quantize, quant=quant)
     _require_room(needed, device)
     if device.type == "cuda" and torch_dtype != torch.bfloat16:
-        raise RequestError(f"dtype={dtype_name!r} on a GPU, want 'bfloat16': the kernels compute in it")
+        raise RequestError(f"dtype={activations!r} on a GPU, want 'bfloat16': the kernels compute in it")
     options = {"device": device, "dtype": torch_dtype, "quantize": quantize}
     if random is not None:
         weights = random_weights(config, quant, values=random, **options)
@@ -86,7 +92,7 @@ def load_model(
     if device.type == "cuda":
         weights = pack_weights(weights)
         torch.cuda.empty_cache()  # what packing took is for the KV cache
-    return LoadedModel(config, weights, tokenizer, defaults, dtype_name, quant is not None and quant.kv_cache_fp8)
+    return LoadedModel(config, weights, tokenizer, defaults, activations, kv_name)
 
 
 def _check_quantize(quantize: str | None, random: bool) -> None:
@@ -97,6 +103,13 @@ def _check_quantize(quantize: str | None, random: bool) -> None:
             f"quantize='{FP8_STATIC}' is for random weights only, because static scales of activations need a "
             "calibration; give a checkpoint that NVIDIA ModelOpt has quantised, or use quantize='fp8'"
         )
+
+
+def _check_fp8_attention(config: ModelConfig, kv_name: str) -> None:
+    problems = Problems()
+    problems.require(kv_name == FP8, f"the KV cache is {kv_name}, want FP8: use kv_dtype='fp8' or leave it off")
+    problems.require(config.head_dim == 128, f"the head size is {config.head_dim}, want 128: leave it off")
+    problems.raise_if_any(RequestError, "fp8_attention=True")
 
 
 def _require_room(needed: int, device: torch.device) -> None:

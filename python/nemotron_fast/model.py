@@ -18,11 +18,14 @@ from nemotron_fast.weights import AttentionWeights, LinearBlockWeights, MLPWeigh
 
 
 class Model:
-    """A loaded model; positions 0..max_model_len-1 can be computed."""
+    """A loaded model; positions 0..max_model_len-1 can be computed. `fp8_attention`: see LLM."""
 
-    def __init__(self, config: ModelConfig, weights: ModelWeights, max_model_len: int) -> None:
+    def __init__(
+        self, config: ModelConfig, weights: ModelWeights, max_model_len: int, *, fp8_attention: bool = False
+    ) -> None:
         self.config = config
         self.weights = weights
+        self._fp8_attention = fp8_attention
         self._kv_slots = [sub.kv_slot for sub in config.sub_blocks]
         device = weights.embed.device
         self._workspace = make_workspace(device)  # of the packed linears
@@ -65,4 +68,5 @@ class Model:
         slots = (self._cos_sin, batch.positions, batch.slots)
         ops.rope_append(qkv_TX, k_cache, v_cache, *slots, k_scale=block.k_scale, v_scale=block.v_scale)
         q_THD = qkv_TX.unflatten(1, (-1, dim))[:, : -2 * num_kv]
+        scales["fp8_products"] = self._fp8_attention
         return ops.attention(q_THD, k_cache, v_cache, *sequences, **scales).flatten(1)

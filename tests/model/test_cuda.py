@@ -2,6 +2,8 @@
 """The whole engine on a GPU against the CPU backend: the same greedy tokens, except where two are nearly tied."""
 
 import dataclasses
+import json
+from pathlib import Path
 
 import pytest
 from modelopt import demo_checkpoint
@@ -125,22 +127,42 @@ def test_warm_up_changes_nothing():
     assert results[0] == results[1]
 
 
-@pytest.mark.parametrize("kv_dtype", ["bfloat16", "fp8"])
-@pytest.mark.parametrize("quantize", ["fp8", "fp8-static"])
-def test_random_weights_from_the_real_config_shrunk(quantize, kv_dtype, tmp_path):
-    """Every distinct width of Super-49B at a sixteenth of its depth, at its real hidden size; twice, each time by the
-    linears of many tokens."""
-    import json
-    from pathlib import Path
-
+@pytest.fixture(scope="module")
+def shrunk_super(tmp_path_factory) -> str:
+    """Every distinct width of Super-49B at a sixteenth of its depth, at its real hidden size: a bare config.json."""
     config = json.loads((Path(__file__).parent.parent / "configs" / "super-49b-v1.json").read_text())
     config["block_configs"] = [config["block_configs"][i] for i in (0, 1, 11, 42, 54, 62)]
     config["num_hidden_layers"] = len(config["block_configs"])
-    path = tmp_path / "config.json"
+    path = tmp_path_factory.mktemp("super") / "config.json"
     path.write_text(json.dumps(config))
-    options = {"random_weights": True, "quantize": quantize, "kv_dtype": kv_dtype, "max_model_len": 2048}
-    with LLM(str(path), device="cuda", prefix_caching=False, **options) as llm:
+    return str(path)
+
+
+KV = {"bf16": {"kv_dtype": "bfloat16"}, "fp8": {"kv_dtype": "fp8"}}
+KV["fp8 attention"] = KV["fp8"] | {"fp8_attention": True}
+
+
+@pytest.mark.parametrize("kv", KV.values(), ids=KV)
+@pytest.mark.parametrize("quantize", ["fp8", "fp8-static"])
+def test_random_weights_from_the_real_config_shrunk(quantize, kv, shrunk_super):
+    """Twice, each time by the linears of many tokens."""
+    options = {"random_weights": True, "quantize": quantize, "max_model_len": 2048, **kv}
+    with LLM(shrunk_super, device="cuda", prefix_caching=False, **options) as llm:
         params = SamplingParams(max_tokens=8, temperature=0, ignore_eos=True, logprobs=0)
         prompt = list(range(1000, 1300))
         first, again = (llm.generate(prompt, params)[0].outputs[0] for _ in range(2))
         assert first.logprobs == again.logprobs and all(e.logprob <= 0 for e in first.logprobs)
+
+
+@pytest.mark.parametrize("kv", KV.values(), ids=KV)
+def test_a_prompt_in_chunks_has_the_same_bits(kv, shrunk_super):
+    """300 tokens at once and 100 a step, which the same linears take; FP8 attention has bits of its own."""
+    params = SamplingParams(max_tokens=1, temperature=0, logprobs=0, prompt_logprobs=0)
+    results = []
+    for max_tokens, more in ((512, kv), (100, kv), (512, kv | {"fp8_attention": False})):
+        options = {"random_weights": True, "quantize": "fp8-static", "max_model_len": 512, **more}
+        with LLM(shrunk_super, device="cuda", max_batched_tokens=max_tokens, max_num_seqs=2, **options) as llm:
+            found = llm.generate(list(range(1000, 1300)), params)[0]
+            results.append([e.logprob for e in (*found.prompt_logprobs[1:], *found.outputs[0].logprobs)])
+    assert results[0] == results[1]
+    assert (results[0] == results[2]) == (not kv.get("fp8_attention"))

@@ -204,6 +204,7 @@ def test_bad_requests_leave_nothing_behind(llm, prompts, options, error, message
         ({"dtype": "int8"}, RequestError, "dtype='int8', want 'auto' or one of bfloat16"),
         ({"kv_dtype": "int4"}, RequestError, "kv_dtype='int4'"),
         ({"quantize": "int3"}, RequestError, "quantize='int3'"),
+        ({"fp8_attention": True}, RequestError, "fp8_attention=True: 2 problems: the KV cache is bfloat16.*size is 64"),
         ({"max_num_seqs": 0}, RequestError, "max_num_seqs=0, want an integer >= 1"),
         ({"seed": "x", "max_model_len": 1.5}, RequestError, "2 problems: max_model_len=1.5.*seed='x'"),
         ({"max_model_len": 4096}, RequestError, r"max_model_len=4096, want 1\.\.1024"),

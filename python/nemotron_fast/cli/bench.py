@@ -53,5 +53,6 @@ def _workload(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     """What is needed to repeat the measurement."""
     from nemotron_fast.testing.timing import provenance
 
-    named = ("model", "random_weights", "quantize", "kv_dtype", "dtype", "max_model_len", "max_num_seqs", "seed")
+    types = ("random_weights", "quantize", "kv_dtype", "fp8_attention", "dtype")
+    named = ("model", *types, "max_model_len", "max_num_seqs", "seed")
     return provenance(device) | {name: getattr(args, name) for name in named}

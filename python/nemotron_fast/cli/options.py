@@ -36,6 +36,11 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         help="quantise the linears while loading; fp8-static: random weights in the layout of NVIDIA's FP8 checkpoints",
     )
     group.add_argument("--kv-dtype", choices=("auto", *DTYPE_BYTES), default="auto", help="of the KV cache")
+    group.add_argument(
+        "--fp8-attention",
+        action="store_true",
+        help="attention of prompts with products of e4m3; wants an FP8 KV cache and head size 128",
+    )
     group.add_argument("--max-model-len", metavar="N", type=int, help="tokens of one sequence (default: what fits)")
     group.add_argument("--max-num-seqs", metavar="N", type=int, help="sequences at once; the KV cache is for so many")
     group.add_argument("--seed", metavar="N", type=int, default=0, help="base of all random seeds (default 0)")
@@ -90,6 +95,7 @@ def load_llm(args: argparse.Namespace, **more: Any) -> LLM:
         dtype=args.dtype,
         quantize=args.quantize,
         kv_dtype=args.kv_dtype,
+        fp8_attention=args.fp8_attention,
         max_model_len=args.max_model_len,
         seed=args.seed,
         generation_config=args.generation_config,
