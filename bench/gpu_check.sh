@@ -83,9 +83,11 @@ figures_of() {  # figures_of <values of --random-weights> <suffix of the records
   step 90 "decode_640$suffix" "${decode[@]}" --batch 195,256 --context 640 --out "$OUT/decode_step${suffix}_640.json"
   step 90 "ttft$suffix" "${bench[@]}" latency "${model[@]}" --max-model-len 9216 --batch 1 \
     --input-len 512,2048,8192 --output-len 4 --out "$OUT/ttft$suffix.json"
+  step 90 "ttft_fp8$suffix" "${bench[@]}" latency "${model[@]}" --kv-dtype fp8 --fp8-attention --max-model-len 9216 \
+    --batch 1 --input-len 512,2048,8192 --output-len 4 --out "$OUT/ttft_fp8$suffix.json"
   step 120 "long_outputs$suffix" "${throughput[@]}" --num-prompts 320 --input-len 128 --output-len 1024 \
     --out "$OUT/throughput$suffix.json"
-  step 120 "long_prompts$suffix" "${throughput[@]}" --num-prompts 160 --input-len 2048 --output-len 128 \
+  step 120 "long_prompts$suffix" "${throughput[@]}" --fp8-attention --num-prompts 160 --input-len 2048 --output-len 128 \
     --out "$OUT/throughput${suffix}_long_prompts.json"
 }
 
