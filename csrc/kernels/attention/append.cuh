@@ -4,8 +4,14 @@
 #pragma once
 
 #include "kernels/attention/kernel.cuh"
+#include "kernels/quant/fp8.cuh"
 
 namespace nf::attn {
+
+// Of what is appended to pages of e4m3.
+struct CacheScales {
+  Divisor k, v;
+};
 
 // One new token's k and v of a KV head: a lane has two neighbours and their partners D/2 further on.
 template <class C>
@@ -36,17 +42,18 @@ struct NewToken {
   }
 
   // Into the units; and, by the tile that has its query, into the cache.
-  __device__ __forceinline__ void store(const AttentionParams<Scalar>& p, const Tile& tile, int head,
-                                        const Unit<C>& keys, const Unit<C>& values) const {
+  __device__ __forceinline__ void store(const AttentionParams<Scalar>& p, const CacheScales& scales,
+                                        const Tile& tile, int head, const Unit<C>& keys,
+                                        const Unit<C>& values) const {
     if (!is_used()) return;
     const HalfPairs rotated = nf::rotate({widen_pair<Scalar>(k[0]), widen_pair<Scalar>(k[1])}, cos, sin);
     uint32_t new_k = round_pair<Scalar>(rotated.low), new_v = v[0];
     const bool is_mine = position >= tile.length - int(tile.queries);
     const int64_t row = int64_t(head * kPageSize + position % kPageSize) * C::kHeadDim;
-#pragma unroll 1
-    for (int half = 0; half < 2; ++half) {  // rolled: divisions are long
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
       const int d = element() + half * kHalf, token = position % C::kStepTokens;
-      const Stored of_k = stored(new_k, p.k_scale), of_v = stored(new_v, p.v_scale);
+      const Stored of_k = stored(new_k, scales.k), of_v = stored(new_v, scales.v);
       put(keys, token, d, of_k);
       put(values, token, d, of_v);
       if (is_mine) {
@@ -60,9 +67,9 @@ struct NewToken {
  private:
   using Stored = std::conditional_t<C::kFp8, __nv_fp8x2_storage_t, uint32_t>;  // two elements
 
-  static __device__ __forceinline__ Stored stored(uint32_t pair, float scale) {
+  static __device__ __forceinline__ Stored stored(uint32_t pair, const Divisor& scale) {
     if constexpr (C::kFp8)
-      return divide_to_e4m3(widen_pair<Scalar>(pair), scale);
+      return Stored(to_fp8(widen_pair<Scalar>(pair), scale));
     else
       return pair;
   }

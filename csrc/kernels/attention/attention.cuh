@@ -115,7 +115,7 @@ struct Pair {
     }
   }
 
-  __device__ __forceinline__ void write(const State<C>& state) const {
+  __device__ __forceinline__ void write(const State<C>& state, const Divisor& out_scale) const {
     using Scalar = typename C::Scalar;
     const Tile tile = line.tiles[this->tile];
     const float v_scale = C::kFp8 ? p.v_scale : 1.0f;
@@ -136,14 +136,11 @@ struct Pair {
           *reinterpret_cast<uint2*>(static_cast<Scalar*>(p.out) + at + i * 64) = rounded[i];
       }
       if (p.out_scale == nullptr) continue;
-      const float out_scale = *p.out_scale;
-      static_assert(C::kParts <= 2);  // the loop's second turn is its last
-#pragma unroll 1
-      for (int i = 0; i < C::kParts; ++i) {  // rolled: divisions are long
-        const uint32_t low = divide_to_e4m3(widen_pair<Scalar>(rounded[0].x), out_scale),
-                       high = divide_to_e4m3(widen_pair<Scalar>(rounded[0].y), out_scale);
+#pragma unroll
+      for (int i = 0; i < C::kParts; ++i) {
+        const uint32_t low = to_fp8(widen_pair<Scalar>(rounded[i].x), out_scale),
+                       high = to_fp8(widen_pair<Scalar>(rounded[i].y), out_scale);
         *reinterpret_cast<uint32_t*>(static_cast<char*>(p.out) + at + i * 64) = low | high << 16;
-        rounded[0] = rounded[C::kParts - 1];
       }
     }
   }
@@ -205,6 +202,7 @@ struct Worker {
   Loader<C> loader;
   uint32_t ring;  // shared address
   int slot = 0;   // the next to read
+  CacheScales scales;
   Queries<C> queries;
   NewToken<C> new_token;
   Fragments<C> result;
@@ -261,7 +259,7 @@ struct Worker {
     wait_for_units<2>();
     for (int position = tokens.first; position < tokens.end; ++position) {
       if (position != new_token.position) new_token.load(p, tile, leaf.head, position);
-      new_token.store(p, tile, leaf.head, keys, values);
+      new_token.store(p, scales, tile, leaf.head, keys, values);
     }
   }
 
@@ -330,6 +328,13 @@ __device__ __forceinline__ void clear_rows(const AttentionParams<typename C::Sca
   }
 }
 
+// Computed here, while the predecessor runs, not where it is used.
+__device__ __forceinline__ Divisor early_divisor(float scale) {
+  Divisor divisor = scale;
+  asm volatile("" : "+f"(divisor.value), "+f"(divisor.inverse));
+  return divisor;
+}
+
 // Pages from `begin` to `end`, which are whole leaves. Most of this runs once in a launch and finds the
 // instruction cache cold, so what matters is its size: one inlined copy of everything, loops rolled.
 template <class C>
@@ -340,6 +345,9 @@ __device__ __forceinline__ void compute_part(const AttentionParams<typename C::S
   const int num_pages = end.at - begin.at;
   const uint32_t ring = uint32_t(__cvta_generic_to_shared(s.ring[threadIdx.x / kWarpSize]));
   Worker<C> worker{p, config, {p, WarpPages(line, leaf, num_pages)}, ring};
+  Divisor out_scale = 1.0f;
+  if (p.out_scale != nullptr) out_scale = early_divisor(*p.out_scale);
+  if constexpr (C::kFp8) worker.scales = {early_divisor(p.k_scale), early_divisor(p.v_scale)};
 #pragma unroll 1
   for (int i = 0;; ++i) {
     const int phase = i % C::kPhases;
@@ -372,7 +380,7 @@ __device__ __forceinline__ void compute_part(const AttentionParams<typename C::S
     if (!is_whole && (leaves || is_last)) pair.leave();
     if (is_last && pair.is_owner()) {
       if (!is_whole) pair.collect(plan, state);
-      pair.write(state);
+      pair.write(state, out_scale);
     }
     new_pair = ends_pair;
     index = ends_pair ? 0 : index + 1;

@@ -24,6 +24,7 @@
 
 #include "kernels/attention/attention.h"
 #include "kernels/attention/tiles.cuh"
+#include "kernels/common/vec.cuh"
 #include "kernels/ptx/cp_async.cuh"
 #include "kernels/ptx/mma.cuh"
 #include "kernels/rope/rotate.cuh"

@@ -9,6 +9,7 @@
 #include "kernels/common/device.cuh"
 #include "kernels/common/launch.h"
 #include "kernels/common/vec.cuh"
+#include "kernels/quant/fp8.cuh"
 #include "kernels/rope/rope_append.h"
 #include "kernels/rope/rotate.cuh"
 
@@ -39,19 +40,12 @@ __device__ __forceinline__ void rotate_vecs(Vec<Scalar>& low, Vec<Scalar>& high,
 
 // 8 elements to a cache row of e4m3 (divided by the scale) or Scalar.
 template <bool kFp8, class Scalar>
-__device__ __forceinline__ void store_kv(void* cache, int64_t element, const Vec<Scalar>& v, float scale) {
-  if constexpr (!kFp8) {
+__device__ __forceinline__ void store_kv(void* cache, int64_t element, const Vec<Scalar>& v,
+                                         const Divisor& scale) {
+  if constexpr (kFp8)
+    store_fp8(static_cast<__nv_fp8_e4m3*>(cache) + element, 0, v, scale);
+  else
     store_vec(static_cast<Scalar*>(cache) + element, 0, v);
-  } else {
-    uint32_t half[2];
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const uint32_t low = divide_to_e4m3(v.pair(2 * i), scale),
-                     high = divide_to_e4m3(v.pair(2 * i + 1), scale);
-      half[i] = low | high << 16;
-    }
-    *reinterpret_cast<uint2*>(static_cast<__nv_fp8_e4m3*>(cache) + element) = {half[0], half[1]};
-  }
 }
 
 template <class Scalar, bool kFp8>
@@ -86,7 +80,7 @@ __global__ void __launch_bounds__(kThreads) rope_append_kernel(const RopeAppendP
   const int64_t row = int64_t(kv_head) * p.page_size + slot % p.page_size;
   const int64_t element = slot / p.page_size * page_stride + row * p.head_dim + d;
   void* cache = is_v ? p.v_cache : p.k_cache;
-  const float scale = is_v ? p.v_scale : p.k_scale;
+  const Divisor scale = is_v ? p.v_scale : p.k_scale;
   store_kv<kFp8>(cache, element, low, scale);
   store_kv<kFp8>(cache, element + half, high, scale);
 }

@@ -1,11 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// The arithmetic of RoPE and of storing k and v: written once, because rope_append and decode_attention must
-// agree to the bit.
+// The arithmetic of RoPE: written once, because rope_append and decode_attention must agree to the bit.
 #pragma once
 
-#include <cuda_fp8.h>
-
-#include "kernels/common/vec.cuh"
+#include <vector_types.h>
 
 namespace nf {
 
@@ -24,11 +21,6 @@ __device__ __forceinline__ HalfPairs rotate(HalfPairs v, float2 cos, float2 sin)
   };
   return {{low(v.low.x, v.high.x, cos.x, sin.x), low(v.low.y, v.high.y, cos.y, sin.y)},
           {high(v.low.x, v.high.x, cos.x, sin.x), high(v.low.y, v.high.y, cos.y, sin.y)}};
-}
-
-// Two values of a cache of e4m3, saturating. A true division, as in the reference.
-__device__ __forceinline__ __nv_fp8x2_storage_t divide_to_e4m3(float2 v, float scale) {
-  return __nv_cvt_float2_to_fp8x2({v.x / scale, v.y / scale}, __NV_SATFINITE, __NV_E4M3);
 }
 
 }  // namespace nf
