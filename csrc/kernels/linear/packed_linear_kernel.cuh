@@ -253,13 +253,6 @@ __device__ __forceinline__ void collect(Accumulators<C>& r_acc, const PackedLine
   }
 }
 
-// Row `token`'s scale.
-template <class C>
-__device__ __forceinline__ float x_scale(const LinearSmem<C>& s, const PackedLinearParams& p, int token) {
-  if constexpr (C::kMakesX && sizeof(typename C::Element) == 1) return s.factors[token].fp8_scale.value;
-  return token_scale(p, token);
-}
-
 // The statistics of a block of the result, from those of its warps, added in their order.
 template <class C>
 __device__ __forceinline__ void store_stats(const float2 (&s_stats)[C::kConsumerWarps][C::kTokens],
@@ -308,6 +301,8 @@ __device__ __forceinline__ void consume(LinearSmem<C>& s, const CUtensorMap& out
   const int k_tiles = p.schedule.k_tiles;
   RingPosition<C> ring;
   Accumulators<C> r_acc;
+  Divisor out_scale;
+  if (!C::kStagesOutput && p.out_scale) out_scale = *p.out_scale;
   const auto wait = [&] {
     wait_for_predecessor();
     if constexpr (C::kStagesOutput)
@@ -315,7 +310,9 @@ __device__ __forceinline__ void consume(LinearSmem<C>& s, const CUtensorMap& out
   };
   bool rehearses = C::kRehearses;
   if (!rehearses) wait();
+  constexpr bool kMakesScales = C::kMakesX && sizeof(typename C::Element) == 1;  // of the rows of x
   for (int unit = range.begin, block = unit / k_tiles; unit < range.end;) {
+    StripOutput<C::kRegs> strip(p, block * kBlockRows + warp * kStripRows, thread % kWarpSize);
     const int block_begin = block * k_tiles, block_end = block_begin + k_tiles;
     if (rehearses) {
 #pragma unroll
@@ -325,6 +322,8 @@ __device__ __forceinline__ void consume(LinearSmem<C>& s, const CUtensorMap& out
       const bool owner = unit == block_begin;
       if constexpr (C::kStagesOutput)
         if (owner) start_loading_scales<C>(s, p, block, warpgroup, thread);
+      if constexpr (!C::kStagesOutput)
+        if (owner) strip.template load<!kMakesScales, (C::kTokens <= kMaxTokensWithStats)>();
       multiply_stage<C>(r_acc, s, ring, warpgroup, false);
       ring.advance();
 #pragma unroll 1
@@ -340,8 +339,13 @@ __device__ __forceinline__ void consume(LinearSmem<C>& s, const CUtensorMap& out
     if constexpr (C::kStagesOutput) {
       store_output<C>(s, out_map, r_acc, p, block, rehearses ? p.num_tokens : 0, warpgroup, thread);
     } else {
-      finish(r_acc, p, block * kBlockRows + warp * kStripRows, thread % kWarpSize, s.stats[block % 2][warp],
-             [&](int token) { return x_scale<C>(s, p, token); });
+      if constexpr (kMakesScales) {
+#pragma unroll
+        for (int i = 0; i < strip.kGroups; ++i)
+          if (strip.token_of(i) < p.num_tokens)
+            strip.x_scale[i] = s.factors[strip.token_of(i)].fp8_scale.value;
+      }
+      strip.finish(r_acc, out_scale, s.stats[block % 2][warp]);
       if (p.out_stats) store_stats<C>(s.stats[block % 2], p, block);
     }
     if (rehearses)
