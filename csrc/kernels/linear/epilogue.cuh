@@ -87,7 +87,7 @@ struct StripOutput {
 #pragma unroll
       for (int i = 0; i < 2; ++i) weight_scale[h][i] = inside() ? row_scale(p, row() + 8 * h + i) : 1.0f;
       if (kLoadsNormWeight) {
-        norm_weight[h] = {1.0f, 1.0f};
+        norm_weight[h] = __floats2bfloat162_rn(1.0f, 1.0f);
         if (inside() && p.out_norm_weight)
           norm_weight[h] = *reinterpret_cast<const __nv_bfloat162*>(p.out_norm_weight + row() + 8 * h);
       }
