@@ -76,7 +76,8 @@ figures_of() {  # figures_of <values of --random-weights> <suffix of the records
   local throughput=("${bench[@]}" throughput "${model[@]}" --kv-dtype fp8 --max-num-seqs 256 --max-model-len 2304)
   if [ "$1" = normal ]; then
     step 90 decode_128 "${decode[@]}" --batch 1,8,32,64 --context 128 --out "$OUT/decode_step.json"
-    step 90 beside "${decode[@]}" --batch 16 --context 128 --beside 32768 --out "$OUT/decode_beside_prompt.json"
+    step 90 beside "${decode[@]}" --fp8-attention --batch 16 --context 128 --beside 32768 \
+      --out "$OUT/decode_beside_prompt.json"
     step 90 latency "${bench[@]}" latency "${model[@]}" --max-model-len 4096 --batch 1,8,32,64 --out "$OUT/latency.json"
   fi
   step 90 "decode_1024$suffix" "${decode[@]}" --batch 64,128 --context 1024 --out "$OUT/decode_step${suffix}_1024.json"
