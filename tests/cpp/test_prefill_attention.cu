@@ -176,11 +176,8 @@ class Problem {
     check_parts(out);
     check_quantised(out);
     check_equal_values();
-    std::printf("%-40.40s %s worst error %.2f of what roundings allow\n", name(c_).c_str(),
-                kProducts ? "e4m3 products"
-                : kFp8    ? "e4m3"
-                          : "",
-                worst_);
+    const char* kind = kProducts ? "e4m3 products" : (kFp8 ? "e4m3" : "");
+    std::printf("%-40.40s %-13s worst error %.2f of what roundings allow\n", name(c_).c_str(), kind, worst_);
   }
 
  private:
@@ -235,9 +232,8 @@ class Problem {
     NF_CUDA(cudaDeviceSynchronize());
     const std::vector<double> want = want_device.read(), magnitude = magnitude_device.read(),
                               squares = squares_device.read();
-    constexpr double kRounding = std::is_same_v<T, __half> ? 0x1p-11 : 0x1p-8, kWeight = kProducts ? 0x1.2p-4
-                                                                                         : kFp8 ? 0x1p-11
-                                                                                                : kRounding;
+    constexpr double kRounding = std::is_same_v<T, __half> ? 0x1p-11 : 0x1p-8;
+    constexpr double kWeight = kProducts ? 0x1.2p-4 : (kFp8 ? 0x1p-11 : kRounding);
     double found_squares = 0, allowed_squares = 0;
     int64_t token = 0;
     for (const Lengths& n : c_.seqs) {
