@@ -220,8 +220,8 @@ class Problem {
     return true;
   }
 
-  // A weight and the result are rounded once each. (The FP32 sums add next to nothing, those of e4m3 products
-  // up to 0.7 % of a weight.) With e4m3, weights are halves.
+  // A weight and the result are rounded once each. (The FP32 sums add next to nothing; those of e4m3 products
+  // are allowed 2^-7 of a weight.) With e4m3, weights are halves.
   void check_values(const std::vector<T>& out) {
     const DeviceArray<double> want_device(num_tokens_ * width()), magnitude_device(num_tokens_ * width()),
         squares_device(num_tokens_ * width());

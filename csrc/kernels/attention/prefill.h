@@ -45,8 +45,8 @@ struct PrefillAttentionParams {
   float v_scale;
   bool fp8_cache;
   // Products of e4m3, for caches of e4m3 and D = 128: each row of q is rounded as quantize_fp8_per_token()
-  // does, weights of the softmax (at most 1) as multiples of 1/256. Else pages of e4m3 are multiplied as
-  // halves.
+  // does, and 256 times the weights of the softmax, relative to the largest of the keys so far. Else pages of
+  // e4m3 are multiplied as halves.
   bool fp8_products;
 };
 template <class Scalar>
