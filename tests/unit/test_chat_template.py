@@ -224,10 +224,10 @@ HOSTILE = {
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_limits(name):
-    start = time.monotonic()
+    start = time.process_time()
     with pytest.raises((ChatTemplateError, RequestError), match=r"beyond its limits|RecursionError"):
         render(HOSTILE[name])
-    assert time.monotonic() - start < 3
+    assert time.process_time() - start < 3
 
 
 @pytest.mark.parametrize(

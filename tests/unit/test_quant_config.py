@@ -221,10 +221,10 @@ def test_contradicting_files(kv, exclude):
     "pattern", ["re:(a+)+$", "re:" + "(.|.)" * 40, "re:" + ".*" * 20 + "x", "re:(?=a)*", "x" * 300]
 )
 def test_patterns_that_could_hang_are_refused(pattern):
-    start = time.perf_counter()
+    start = time.process_time()
     with pytest.raises(ConfigError, match="pattern"):
         parse_quant_config(compressed(ignore=[pattern]), None)
-    assert time.perf_counter() - start < 1
+    assert time.process_time() - start < 1
 
 
 def test_read_from_a_folder(tmp_path):
@@ -293,6 +293,6 @@ def test_long_lists_are_matched_quickly():
     layers = {name: {"quant_algo": "FP8"} for name in names}
     mixed = parse_quant_config({}, modelopt("MIXED_PRECISION", quantized_layers=layers))
     ignoring = parse_quant_config(compressed(ignore=[f"re:{name}$" for name in names]), None)
-    start = time.perf_counter()
+    start = time.process_time()
     assert all(mixed.scheme_for(name) == STATIC and ignoring.scheme_for(name) is None for name in names)
-    assert time.perf_counter() - start < 10
+    assert time.process_time() - start < 10
