@@ -6,6 +6,9 @@ preempted later computes its tokens twice. And how many should run at a time.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import chain
 
 from nemotron_fast import pages
 from nemotron_fast.request import Request
@@ -45,17 +48,27 @@ def peak_pages(owned: list[int], left: list[int]) -> int:
     return pages.pages_for(peak)
 
 
-class Waves:
-    """How many requests should run at a time.
+@dataclass(frozen=True)
+class WavePlan:
+    """How many requests run at a time."""
 
-    As many as there is room for, but for those that surely generate equally many tokens and started together: none of
-    them ends before all do, so they run in waves. Then level waves are the fastest, 160 and 160 rather than 215 and
-    105: they are as many steps, and a step takes longer the more run, at last more than in proportion.
+    most_running: int  # of those that share no pages
+    num_ahead: int | None = None  # so many, the oldest, take part in every step, the others in turns; None: all do
+
+
+class Waves:
+    """How requests share steps that surely generate equally many tokens and started together.
+
+    None of them ends before all do. If more start than fit to their ends, they take two rounds of steps, and a step
+    of half the requests takes far more than half the time. The fewest steps are had if all start at once: some, as few
+    as may be, take part in every step, the others in turns, as many at a time as keeps steps level, until the first
+    have ended and the others fit. Where that gains little, waves are level: 160 and 160 run faster than 215 and 105.
     """
 
     def __init__(self) -> None:
         self.lengths: Counter[int | None] = Counter()  # of the requests: tokens to generate, if that is sure
-        self.num_tokens = 0  # of all of them at their ends, if they reach them
+        self.prompt_pages = 0  # of all of them
+        self.final_pages = 0  # of all of them at their ends, if they reach them
 
     def add(self, request: Request) -> None:
         self._count(request, 1)
@@ -63,22 +76,51 @@ class Waves:
     def remove(self, request: Request) -> None:
         self._count(request, -1)
 
-    def most_running(self, running: list[Request], max_num_seqs: int, num_pages: int) -> int:
-        """Of those that share no pages. `running` in order of arrival; these and those that wait have been added."""
+    def plan(self, running: list[Request], waiting: Iterable[Request], max_num_seqs: int, num_pages: int) -> WavePlan:
+        """For the next step of at most `max_num_seqs` sequences, with a pool of `num_pages`.
+
+        `running` and `waiting`, each in order of arrival, are all requests that have been added.
+        """
+        everyone = WavePlan(max_num_seqs)
         if len(self.lengths) != 1:
-            return max_num_seqs
+            return everyone
         ((length, count),) = self.lengths.items()
-        if length is None or any(r.num_shared for r in running):
-            return max_num_seqs
-        if running and len(running[0].output) - len(running[-1].output) > length // 8:
-            return max_num_seqs
-        room = num_pages * pages.PAGE_SIZE * count // (self.num_tokens + count * pages.PAGE_SIZE // 2)
-        num_waves = -(-count // max(min(max_num_seqs, room), 1))
-        return -(-count // num_waves)
+        if length is None:
+            return everyone
+        room = max(min(max_num_seqs, num_pages * count // self.final_pages), 1)
+        num_ahead = ahead_pages = ahead_prompts = 0
+        for request in chain(running, waiting):
+            others_fit = count - num_ahead <= max_num_seqs and self.final_pages - ahead_pages <= num_pages
+            if others_fit or num_ahead == room:
+                break
+            num_ahead += 1
+            ahead_pages += pages.pages_for(request.final_tokens)
+            ahead_prompts += pages.pages_for(len(request.prompt))
+        if num_ahead == 0:
+            return everyone
+        behind = count - num_ahead
+        spare = num_pages - ahead_pages - (self.prompt_pages - ahead_prompts)
+        tokens = spare // behind * pages.PAGE_SIZE
+        gain = min(tokens, length * (max_num_seqs - num_ahead) // behind)  # tokens of the others by then: steps less
+        if gain > length // 8 and _are_alike(running[:num_ahead]):
+            return WavePlan(count, num_ahead)
+        if _are_alike(running):
+            return WavePlan(room if count >= 2 * room else -(-count // 2))
+        return everyone
 
     def _count(self, request: Request, change: int) -> None:
         length = None if request.can_stop else request.max_tokens
         self.lengths[length] += change
         if not self.lengths[length]:
             del self.lengths[length]
-        self.num_tokens += change * (len(request.prompt) + request.max_tokens)
+        self.prompt_pages += change * pages.pages_for(len(request.prompt))
+        self.final_pages += change * pages.pages_for(request.final_tokens)
+
+
+def _are_alike(requests: list[Request]) -> bool:
+    """Of requests of one length, in order of arrival: whether they started together and own all of their pages."""
+    if not requests:
+        return True
+    first, last = requests[0], requests[-1]
+    together = len(first.output) - len(last.output) <= first.max_tokens // 8
+    return together and not any(r.num_shared for r in requests)

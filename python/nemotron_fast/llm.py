@@ -39,10 +39,11 @@ class LLM:
         fp8_attention: compute the attention of prompts (sequences with more than 8 new tokens in a step) with products
             of e4m3, for which queries and softmax weights are rounded; wants an FP8 KV cache and head size 128.
         max_model_len: tokens of one sequence; None = what the model and the memory allow.
-        max_num_seqs: sequences that run at once.
+        max_num_seqs: sequences in one step.
         max_batched_tokens: tokens of one step, prompts and decoding together; None = 2048 on a GPU, 512 on a CPU.
         max_mixed_tokens: the same for steps in which some decode, which bounds the time between their tokens;
-            None = no other bound: who waits for all results is served best by full steps and level waves.
+            None = no other bound: who waits for all results is served best by full steps, and of requests that
+            generate equally many tokens more than max_num_seqs may start and take turns.
         prefix_caching: keep the KV of finished requests, and share it with those that begin alike.
         seed: base of the seeds of requests that bring none.
         tensor_parallel_size: only 1 is supported so far.

@@ -20,7 +20,9 @@ class _Seat:
 
 
 class Penalties:
-    """A row of counts for each of up to `max_num_seqs` sequences: 5 V bytes a row, allocated when first needed."""
+    """A row of counts for each of the up to `max_num_seqs` sequences of a step: 5 V bytes a row, allocated when first
+    needed. A sequence that is not in every step may lose its row to another, and is counted again when it goes on.
+    """
 
     def __init__(self, max_num_seqs: int, vocab: int, device: torch.device) -> None:
         self._max_num_seqs, self._vocab, self._device = max_num_seqs, vocab, device
@@ -34,7 +36,8 @@ class Penalties:
         if not rows:
             return
         params = [requests[s].params for s in rows]
-        where, seats = self._upload(rows), self._upload([self._seat(requests[s]).row for s in rows])
+        members = set(requests)
+        where, seats = self._upload(rows), self._upload([self._seat(requests[s], members).row for s in rows])
         picked = logits_SV[where]
         ops.penalize(
             picked,
@@ -57,8 +60,8 @@ class Penalties:
         for seat in seats:
             seat.num_counted += 1
 
-    def _seat(self, request: Request) -> _Seat:
-        """The request's row, with all tokens before the one that the newest step samples."""
+    def _seat(self, request: Request, members: set[Request]) -> _Seat:
+        """The request's row, with all tokens before the one that the newest step, of `members`, samples."""
         seat = self._seats.get(request)
         if seat is not None and seat.num_counted == request.sample_index:
             return seat
@@ -67,16 +70,18 @@ class Penalties:
             self._counts = torch.empty(shape, dtype=torch.int32, device=self._device)
             self._in_prompt = torch.empty(shape, dtype=torch.bool, device=self._device)
         assert len(request.output) == request.sample_index, "a sequence starts with a token in flight"
-        seat = self._seats[request] = _Seat(self._free_row() if seat is None else seat.row, len(request.output))
+        seat = self._seats[request] = _Seat(self._free_row(members) if seat is None else seat.row, len(request.output))
         output = self._upload(request.output)
         self._counts[seat.row].zero_().scatter_add_(0, output, torch.ones_like(output, dtype=torch.int32))
         self._in_prompt[seat.row].zero_().index_fill_(0, self._upload(request.prompt), True)
         return seat
 
-    def _free_row(self) -> int:
-        """A row that no running sequence has; one that waits loses its own and is counted again when it goes on."""
+    def _free_row(self, members: set[Request]) -> int:
+        """A row that no running sequence has, or else one that is not of the step's `members`."""
         self._seats = {request: seat for request, seat in self._seats.items() if request.is_running}
         taken = {seat.row for seat in self._seats.values()}
+        if len(taken) == self._max_num_seqs:
+            return self._seats.pop(next(request for request in self._seats if request not in members)).row
         return next(row for row in range(self._max_num_seqs) if row not in taken)
 
     def _upload(self, values: list[int] | list[float], dtype: torch.dtype = torch.int64) -> Tensor:

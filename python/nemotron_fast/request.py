@@ -74,6 +74,11 @@ class Request:
         return self.num_tokens + self.in_flight
 
     @property
+    def final_tokens(self) -> int:
+        """If nothing stops it before."""
+        return len(self.prompt) + self.max_tokens
+
+    @property
     def can_stop(self) -> bool:
         """Whether anything but max_tokens may end it."""
         return bool(self.stop_ids or self.params.stop)
@@ -87,6 +92,11 @@ class Request:
     def awaits_last_token(self) -> bool:
         """Whether the steps in flight sample the last token it may have."""
         return len(self.output) + self.in_flight >= self.max_tokens
+
+    @property
+    def is_decoding(self) -> bool:
+        """Whether its next step computes one token and samples another."""
+        return self.num_expected - self.num_computed == 1 and not self.awaits_last_token
 
     @property
     def needs_known_tokens(self) -> bool:

@@ -14,11 +14,13 @@ from __future__ import annotations
 import time
 from collections import deque
 from dataclasses import dataclass
+from itertools import accumulate, takewhile
 
-from nemotron_fast.admission import OutputLengths, Waves, peak_pages
+from nemotron_fast.admission import OutputLengths, WavePlan, Waves, peak_pages
 from nemotron_fast.errors import CapacityError
 from nemotron_fast.pages import PAGE_SIZE, PagePool, page_key, pages_for
 from nemotron_fast.request import Request, Status
+from nemotron_fast.turns import sitting_out, spare_pages
 
 MIN_PROMPT_TOKENS = 64  # of a step, however many others decode
 
@@ -37,7 +39,8 @@ class Scheduler:
     """Args:
     max_batched_tokens: tokens of one step.
     max_mixed_tokens: tokens of a step that both decodes and computes prompts, so that prompts bound its time; None:
-        no bound but the one above, because only throughput counts, for which requests also wait (admission.Waves).
+        no bound but the one above, because only throughput counts, for which requests also wait or take turns
+        (admission.Waves).
     prefix_caching: use pages again that hold the same tokens.
     """
 
@@ -74,7 +77,7 @@ class Scheduler:
         Raises:
             CapacityError: it could never run, because the whole pool is smaller than what it may need.
         """
-        need = len(request.prompt) + request.max_tokens
+        need = request.final_tokens
         if pages_for(need) > self.pages.num_pages:
             raise CapacityError(
                 f"the request may need {need} tokens of KV cache, the pool holds {self.pages.num_pages * PAGE_SIZE}; "
@@ -85,7 +88,11 @@ class Scheduler:
 
     def next(self) -> list[Chunk]:
         """Plan the next step; empty if there is no work, or none before a token in flight is known."""
-        num_decoding = sum(_is_decoding(r) for r in self.running)
+        waves = WavePlan(self.max_num_seqs)
+        if self.levels_waves:
+            waves = self.waves.plan(self.running, self.waiting, self.max_num_seqs, self.pages.num_pages)
+        out = self._sitting_out(waves)
+        num_decoding = sum(r.is_decoding for r in self.running) - len(out)
         decode_budget = self.max_batched_tokens
         prompt_budget = max(decode_budget - num_decoding, 0)
         if num_decoding:
@@ -93,9 +100,11 @@ class Scheduler:
         chunks: list[Chunk] = []
         num_running = len(self.running)
         for request in list(self.running):
-            if request.status is not Status.RUNNING or request.awaits_last_token:
-                continue  # preempted by an older request of this same step, or computed to its end
-            decoding = _is_decoding(request)
+            if len(chunks) == self.max_num_seqs:
+                break
+            if request.status is not Status.RUNNING or request.awaits_last_token or request in out:
+                continue  # preempted by an older request of this same step, computed to its end, or not its turn
+            decoding = request.is_decoding
             num_tokens = min(request.num_expected - request.num_computed, decode_budget if decoding else prompt_budget)
             if num_tokens == 0 or not self._grow(request, request.num_computed + num_tokens):
                 continue
@@ -105,7 +114,7 @@ class Scheduler:
             else:
                 prompt_budget -= num_tokens
         if len(self.running) == num_running:  # else the pages are needed by those that stayed
-            chunks += self._admit(prompt_budget)
+            chunks += self._admit(prompt_budget, self.max_num_seqs - len(chunks), waves)
         return chunks
 
     def receive(self, request: Request, token: int) -> bool:
@@ -139,19 +148,26 @@ class Scheduler:
         assert self.waves.lengths.total() == len(self.waiting) + len(self.running), "waves are of other requests"
         self.pages.check(r.pages for r in self.running)
 
-    def _admit(self, budget: int) -> list[Chunk]:
+    def _sitting_out(self, waves: WavePlan) -> set[Request]:
+        """Running requests that leave this step to others. Prompts come first: the more have started, the better."""
+        if waves.num_ahead is None:
+            return set()
+        num_prompts = sum(not r.is_decoding and not r.awaits_last_token for r in self.running)
+        sizes = accumulate(r.num_tokens for r in self.waiting)
+        num_prompts += sum(1 for _ in takewhile(lambda tokens: tokens <= self.max_batched_tokens, sizes))
+        max_rows = max(self.max_num_seqs - num_prompts, 0)
+        return sitting_out(self.running, self.waiting, waves.num_ahead, max_rows, self.pages.num_pages)
+
+    def _admit(self, budget: int, num_rows: int, waves: WavePlan) -> list[Chunk]:
         """Start waiting requests that the pool holds whole, as they are now and probably to their ends."""
         chunks = []
-        most_alone = self.max_num_seqs
-        if self.levels_waves:
-            most_alone = self.waves.most_running(self.running, self.max_num_seqs, self.pages.num_pages)
-        while self.waiting and budget and len(self.running) < self.max_num_seqs:
+        while self.waiting and budget and len(chunks) < num_rows:
             request = self.waiting[0]
             shared = self._find_prefix(request)
             own = pages_for(request.num_tokens) - len(shared)
-            if request.in_flight or not self.pages.can_hold(shared, own) or not self._has_room_later(request, shared):
+            if request.in_flight or not self.pages.can_hold(shared, own):
                 break
-            if not shared and len(self.running) >= most_alone:
+            if not self._has_room_later(request, shared, waves):
                 break
             self.waiting.popleft()
             self._start(request, shared)
@@ -162,15 +178,24 @@ class Scheduler:
             budget -= num_tokens
         return chunks
 
-    def _has_room_later(self, request: Request, shared: list[int]) -> bool:
+    def _has_room_later(self, request: Request, shared: list[int], waves: WavePlan) -> bool:
         """Whether the pool will probably hold the running requests and this one, which starts with `shared` pages."""
-        if not self.running:
+        num_running, num_ahead = len(self.running), waves.num_ahead
+        if num_running >= (self.max_num_seqs if shared and num_ahead is None else waves.most_running):
+            return False
+        if num_running == 0:
+            return True
+        if num_ahead is not None:
+            spare = spare_pages(self.running, num_ahead, self.pages.num_pages)
+            return num_running < num_ahead or pages_for(request.num_tokens) - len(shared) <= spare
+        # Beginnings that several share, each counted once.
+        others = max(self.pages.num_held - sum(len(r.pages) - r.num_shared for r in self.running), 0)
+        at_ends = sum(pages_for(r.final_tokens) - r.num_shared for r in self.running)
+        if others + at_ends + pages_for(request.final_tokens) - len(shared) <= self.pages.num_pages:
             return True
         owned = [r.num_expected - r.num_shared * PAGE_SIZE for r in self.running]  # once its prompt is computed
         owned.append(request.num_tokens - len(shared) * PAGE_SIZE)
         left = [self.output_lengths.left(r) for r in (*self.running, request)]
-        # Beginnings that several share, each counted once.
-        others = max(self.pages.num_held - sum(len(r.pages) - r.num_shared for r in self.running), 0)
         return others + peak_pages(owned, left) <= self.pages.num_pages
 
     def _start(self, request: Request, shared: list[int]) -> None:
@@ -241,10 +266,6 @@ class Scheduler:
             self._publish(request, request.num_computed)
             self.pages.release(request.pages)
         request.pages, request.num_computed, request.num_shared, request.num_published = [], 0, 0, 0
-
-
-def _is_decoding(request: Request) -> bool:
-    return request.num_expected - request.num_computed == 1 and not request.awaits_last_token
 
 
 def _keys(request: Request, count: int) -> list[bytes]:

@@ -111,6 +111,23 @@ def test_steps_in_flight_change_nothing(pair, monkeypatch):
     assert results[0] == results[1]
 
 
+@pytest.mark.parametrize("options", ["bf16"], indirect=True)
+def test_taking_turns_changes_nothing(options):
+    """More requests of one length than a step holds, with and without counts of their tokens."""
+    common = {"max_tokens": 40, "temperature": 0.8, "ignore_eos": True, "logprobs": 0}
+    params = [
+        SamplingParams(**common, seed=seed, repetition_penalty=1.2 if seed % 2 else 1.0) for seed in range(len(PROMPTS))
+    ]
+    options = options | {"device": "cuda", "max_batched_tokens": 64, "prefix_caching": False}
+    with LLM(**options, max_num_seqs=64) as llm:
+        want = [r.outputs[0] for r in llm.generate(PROMPTS, params)]
+    for max_num_seqs in (2, 3):
+        with LLM(**options, max_num_seqs=max_num_seqs) as llm:
+            found = [r.outputs[0] for r in llm.generate(PROMPTS, params)]
+            assert [r.token_ids for r in found] == [r.token_ids for r in want]
+            assert [[e.logprob for e in r.logprobs] for r in found] == [[e.logprob for e in r.logprobs] for r in want]
+
+
 def fill(params: list[SamplingParams]) -> list[SamplingParams]:
     """As many as there are prompts, from the start again where they run out."""
     return [params[i % len(params)] for i in range(len(PROMPTS) * 5)]

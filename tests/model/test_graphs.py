@@ -101,6 +101,22 @@ def test_mixed_requests_with_preemption_and_arrivals(seed, folder):
     assert engine.scheduler.pages.num_held == 0
 
 
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("kind", ["seeded", "penalties", "logprobs"])
+def test_requests_that_take_turns(kind, mode, folder):
+    """Seven that generate equally many tokens, of which a step holds four."""
+    prompts = [[(7 * i + n) % 256 for i in range(n)] for n in (3, 70, 64, 1, 33, 20, 9)]
+    params = params_of(kind, 30)
+    want = run(make_engine(folder), prompts, params)
+    engine = make_engine(folder, max_num_seqs=4, **MODES[mode])
+    requests, steps = [engine.add_request(prompt, params) for prompt in prompts], 0
+    while engine.has_work:
+        engine.step()
+        steps += 1
+        assert steps != 10 or len(engine.scheduler.running) == 7
+    assert_same(requests, want)
+
+
 def test_warm_up_changes_nothing(folder):
     prompts = [[5] * 30, [6] * 3]
     want = run(make_engine(folder), prompts, params_of("greedy", 12))

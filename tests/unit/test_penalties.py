@@ -40,9 +40,9 @@ def expected(logits_SV: torch.Tensor, requests: list[Request]) -> torch.Tensor:
 def test_random_comings_and_goings():
     rng = random.Random(0)
     penalties = Penalties(SEATS, VOCAB, torch.device("cpu"))
-    running = [make_request(n, rng) for n in range(SEATS)]
+    running = [make_request(n, rng) for n in range(SEATS + 2)]  # more than have seats: they take turns
     waiting: list[Request] = []
-    for number in range(SEATS, 300):
+    for number in range(len(running), 300):
         if rng.random() < 0.3:
             gone = running.pop(rng.randrange(len(running)))
             gone.status = rng.choice([Status.WAITING, Status.FINISHED])  # preempted or done

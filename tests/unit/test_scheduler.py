@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The scheduler's rules, one by one; test_scheduler_fuzz.py has them all at once."""
 
+from dataclasses import dataclass
+
 import pytest
 
 from nemotron_fast.errors import CapacityError
@@ -156,25 +158,90 @@ def most_running(scheduler: Scheduler) -> int:
     while scheduler.has_work:
         run_step(scheduler)
         most = max(most, len(scheduler.running))
-    assert not scheduler.waves.lengths and not scheduler.waves.num_tokens
+    waves = scheduler.waves
+    assert not waves.lengths and not waves.final_pages and not waves.prompt_pages
     return most
+
+
+def alike(count: int, *, num_pages: int, length=60, stop_ids=frozenset(), odd_length=0, params=None, **sizes):
+    """A scheduler with requests of 60 tokens that generate `length`."""
+    requests = [make_request(n, 60, length, stop_ids, **params or {}) for n in range(count)]
+    requests[-1].max_tokens += odd_length
+    return make_scheduler(num_pages, *requests, **{"max_num_seqs": 99, "max_batched_tokens": 2048} | sizes)
 
 
 @pytest.mark.parametrize(
     ("count", "most"),
-    [(16, 8), (9, 9), (10, 5), (19, 7)],  # 9 fit
+    [(11, 11), (16, 8), (15, 8), (22, 11), (38, 11)],  # 11 fit to their ends; beside 5 of them not even 11 prompts
 )
 def test_requests_of_one_length_run_in_level_waves(count, most):
-    def scheduler_of(stop_ids=frozenset(), odd_length=0, max_mixed_tokens=None, **options):
-        requests = [make_request(n, 60, 60, stop_ids, **options) for n in range(count)]
-        requests[-1].max_tokens += odd_length
-        sizes = {"max_num_seqs": 99, "max_batched_tokens": 2048, "max_mixed_tokens": max_mixed_tokens}
-        return make_scheduler(22, *requests, **sizes)
+    scheduler = alike(count, num_pages=22)
+    assert most_running(scheduler) == most and scheduler.num_preempted == 0
 
-    assert most_running(scheduler_of()) == most
-    unsure = scheduler_of(odd_length=1), scheduler_of(frozenset({9})), scheduler_of(stop=("x",))
-    for full in (*unsure, scheduler_of(max_mixed_tokens=2048)):
+
+def test_waves_are_of_requests_that_surely_generate_equally_many():
+    unsure = [
+        alike(16, num_pages=22, odd_length=1),
+        alike(16, num_pages=22, stop_ids=frozenset({9})),
+        alike(16, num_pages=22, params={"stop": ("x",)}),
+    ]
+    for full in (*unsure, alike(16, num_pages=22, max_mixed_tokens=2048)):
         assert most_running(full) >= 9
+
+
+@dataclass
+class Turns:
+    """What became of requests that take turns."""
+
+    rows: list[int]  # of each step
+    num_gaps: int = 0  # steps without the oldest request
+    spread: int = 0  # between those behind, in tokens, when the oldest ended
+
+
+def run_turns(scheduler: Scheduler, length: int) -> Turns:
+    requests = list(scheduler.waiting)
+    turns = Turns([])
+    while scheduler.has_work:
+        chunks = scheduler.next()
+        turns.rows.append(len(chunks))
+        if not requests[0].is_finished:
+            turns.num_gaps += all(c.request is not requests[0] for c in chunks)
+            behind = [len(r.output) for r in requests if len(r.output) < len(requests[0].output)]
+            turns.spread = max(behind, default=0) - min(behind, default=0)
+        finish_step(scheduler, chunks)
+    assert scheduler.num_preempted == 0 and all(len(r.output) == length for r in requests)
+    return turns
+
+
+@pytest.mark.parametrize(
+    ("count", "num_pages", "max_num_seqs", "length", "num_steps"),
+    [
+        # 10 fit to their ends. Beside 4 of them there are 6 pages for each of the 10 others: 384 tokens.
+        pytest.param(14, 100, 99, 580, 580 + 580 - (384 - 60), id="pages"),
+        pytest.param(9, 99, 8, 64, 9 * 64 // 8, id="rows"),
+        pytest.param(12, 99, 8, 64, 12 * 64 // 8, id="half as many again"),
+        pytest.param(20, 99, 8, 64, 20 * 64 // 8, id="after a full wave"),
+    ],
+)
+def test_more_than_fit_take_turns(count, num_pages, max_num_seqs, length, num_steps):
+    turns = run_turns(alike(count, num_pages=num_pages, max_num_seqs=max_num_seqs, length=length), length)
+    assert num_steps <= len(turns.rows) <= num_steps + 4, turns
+    assert max(turns.rows) <= max_num_seqs and turns.num_gaps == 0 and turns.spread <= 1
+
+
+def test_turns_are_level():
+    turns = run_turns(alike(14, num_pages=100, length=580), 580)
+    assert set(turns.rows[2:500]) <= {9, 10}, "4 that are ahead, and 10 * 324 tokens in 580 steps"
+
+
+def test_turns_hold_up_no_prompt():
+    scheduler = alike(12, num_pages=99, max_num_seqs=8, max_batched_tokens=80)
+    while scheduler.waiting:
+        chunks = scheduler.next()
+        assert len(chunks) <= 8 and sum(c.stop - c.start for c in chunks) >= 60
+        finish_step(scheduler, chunks)
+    assert max(len(r.output) for r in scheduler.running) < 14
+    run(scheduler)
 
 
 def test_waves_are_not_awaited_by_those_that_come_later():

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from nemotron_fast import pages, scheduler
+from nemotron_fast import pages, scheduler, turns
 from nemotron_fast.request import Request
 from nemotron_fast.sampling_params import NEUTRAL, SamplingParams
 from nemotron_fast.scheduler import Chunk, Scheduler
@@ -91,21 +91,34 @@ def random_requests(rng: random.Random, num_pages: int) -> list[Request]:
     return requests
 
 
+def equal_requests(rng: random.Random, num_pages: int) -> list[Request]:
+    """They generate equally many tokens and share hardly anything; mostly several fit at a time, but not all."""
+    length = rng.randint(1, num_pages * PAGE // 3)
+    requests = []
+    for number in range(rng.randint(3, 14)):
+        prompt = [rng.randrange(VOCAB) for _ in range(rng.randint(1, 2 * PAGE))]
+        request = Request(number, prompt, PARAMS, seed=0, max_tokens=length, stop_ids=frozenset())
+        requests.append(request)
+    return requests
+
+
 def run_schedule(rng: random.Random) -> None:
-    num_pages = rng.randint(2, 14)
+    equal = rng.random() < 0.2
+    num_pages = rng.randint(6, 40) if equal else rng.randint(2, 14)
     budget = rng.choice([1, 3, 8, 64])
     plan = Scheduler(
         num_pages,
         max_num_seqs=rng.randint(1, 6),
         max_batched_tokens=budget,
-        max_mixed_tokens=rng.choice([None, 1, 6]),
+        max_mixed_tokens=None if equal else rng.choice([None, 1, 6]),
         prefix_caching=rng.random() < 0.8,
     )
-    requests = random_requests(rng, num_pages)
+    requests = equal_requests(rng, num_pages) if equal else random_requests(rng, num_pages)
+    arrivals = 0.99 if equal else 0.3
     pending, device, overlap = list(requests), Device(), rng.random() < 0.7
     in_flight: tuple[list[Chunk], dict[int, int]] | None = None
     for _ in range(100 + 8 * sum(len(r.prompt) + r.max_tokens for r in requests)):
-        if pending and rng.random() < 0.3:
+        while pending and rng.random() < arrivals:
             plan.add(pending.pop())
         live = [*plan.running, *plan.waiting]
         if live and rng.random() < 0.01:
@@ -139,7 +152,7 @@ def check_plan(plan: Scheduler, chunks: list[Chunk], in_flight: bool) -> None:
 
 @pytest.mark.parametrize("seed", range(10))
 def test_random_schedules(seed, monkeypatch):
-    for module in (pages, scheduler):
+    for module in (pages, scheduler, turns):
         monkeypatch.setattr(module, "PAGE_SIZE", PAGE)
     rng = random.Random(seed)
     for _ in range(1000):
