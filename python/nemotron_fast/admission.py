@@ -91,20 +91,21 @@ class Waves:
         num_ahead = ahead_pages = ahead_prompts = 0
         for request in chain(running, waiting):
             others_fit = count - num_ahead <= max_num_seqs and self.final_pages - ahead_pages <= num_pages
-            if others_fit or num_ahead == room:
+            if others_fit or num_ahead == room:  # at most a full wave of perhaps very many
                 break
             num_ahead += 1
             ahead_pages += pages.pages_for(request.final_tokens)
             ahead_prompts += pages.pages_for(len(request.prompt))
-        if num_ahead == 0:
+        if num_ahead == 0 or any(r.num_shared for r in running):
             return everyone
         behind = count - num_ahead
         spare = num_pages - ahead_pages - (self.prompt_pages - ahead_prompts)
         tokens = spare // behind * pages.PAGE_SIZE
         gain = min(tokens, length * (max_num_seqs - num_ahead) // behind)  # tokens of the others by then: steps less
-        if gain > length // 8 and _are_alike(running[:num_ahead]):
+        if gain > length // 8:
             return WavePlan(count, num_ahead)
-        if _are_alike(running):
+        together = not running or len(running[0].output) - len(running[-1].output) <= length // 8
+        if together:
             return WavePlan(room if count >= 2 * room else -(-count // 2))
         return everyone
 
@@ -115,12 +116,3 @@ class Waves:
             del self.lengths[length]
         self.prompt_pages += change * pages.pages_for(len(request.prompt))
         self.final_pages += change * pages.pages_for(request.final_tokens)
-
-
-def _are_alike(requests: list[Request]) -> bool:
-    """Of requests of one length, in order of arrival: whether they started together and own all of their pages."""
-    if not requests:
-        return True
-    first, last = requests[0], requests[-1]
-    together = len(first.output) - len(last.output) <= first.max_tokens // 8
-    return together and not any(r.num_shared for r in requests)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nemotron_fast.checkpoint import Checkpoint
+from nemotron_fast.checkpoint import CHUNK_ELEMENTS, Checkpoint
 from nemotron_fast.errors import CheckpointError
 from nemotron_fast.footprint import scheme_of
 from nemotron_fast.inventory import scale_name
@@ -43,6 +43,8 @@ class ParamLoader:
     ) -> None:
         self._checkpoint, self._quant, self._device = checkpoint, quant, device
         self._dtype, self._to_fp8, self._verify = dtype, to_fp8, verify
+        # Kept: of such blocks malloc would keep several, were they given back after each chunk.
+        self._quotients = torch.empty(CHUNK_ELEMENTS if to_fp8 else 0, dtype=torch.float32, device=device)
         self._progress: Callable[[int, int], None] | None = None
         self._done = self._total = 0
 
@@ -91,7 +93,9 @@ class ParamLoader:
             scales[here] = row_scales(chunk)
             if self._verify and not torch.isfinite(scales[here]).all():
                 raise CheckpointError(f"{piece.tensor} holds NaN or infinity; download it again")
-            out[here] = quantize_rows(chunk[:, cols.start : cols.stop], scales[here])
+            if self._quotients.numel() < chunk.numel():
+                self._quotients = torch.empty(chunk.numel(), dtype=torch.float32, device=self._device)
+            quantize_rows(out[here], chunk[:, cols.start : cols.stop], scales[here], self._quotients)
             self._count(out[here].nbytes)
         return scales
 

@@ -61,10 +61,14 @@ def row_scales(w: Tensor) -> Tensor:
     return torch.where(amax == 0, 1.0, (amax / FP8_MAX).clamp(min=tiny))
 
 
-def quantize_rows(w: Tensor, scale: Tensor) -> Tensor:
-    """`w` [N, K] / `scale` [N], rounded to nearest even and saturated at 448: float8_e4m3fn [N, K]."""
-    scaled = w.to(torch.float32, copy=True)
-    return scaled.div_(scale[:, None]).clamp_(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
+def quantize_rows(out: Tensor, w: Tensor, scale: Tensor, quotients: Tensor) -> None:
+    """out = `w` [N, K] / `scale` [N], rounded to nearest even and saturated at 448: float8_e4m3fn [N, K].
+
+    Args:
+        quotients: float32, at least N * K: what lies between, overwritten.
+    """
+    exact = quotients[: w.numel()].view(w.shape).copy_(w)
+    out.copy_(exact.div_(scale[:, None]).clamp_(-FP8_MAX, FP8_MAX))
 
 
 def quantize_tensor_fp8(w: Tensor) -> tuple[Tensor, Tensor]:
@@ -76,8 +80,9 @@ def quantize_tensor_fp8(w: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         float8_e4m3fn [N, K] and its scale, float32 [N], finite and > 0.
     """
-    scale = row_scales(w)
-    return quantize_rows(w, scale), scale
+    scale, out = row_scales(w), torch.empty(w.shape, dtype=torch.float8_e4m3fn, device=w.device)
+    quantize_rows(out, w, scale, torch.empty(w.numel(), dtype=torch.float32, device=w.device))
+    return out, scale
 
 
 def quantize_checkpoint(

@@ -20,7 +20,7 @@ from nemotron_fast.admission import OutputLengths, WavePlan, Waves, peak_pages
 from nemotron_fast.errors import CapacityError
 from nemotron_fast.pages import PAGE_SIZE, PagePool, page_key, pages_for
 from nemotron_fast.request import Request, Status
-from nemotron_fast.turns import sitting_out, spare_pages
+from nemotron_fast.turns import sitting_out
 
 MIN_PROMPT_TOKENS = 64  # of a step, however many others decode
 
@@ -183,11 +183,8 @@ class Scheduler:
         num_running, num_ahead = len(self.running), waves.num_ahead
         if num_running >= (self.max_num_seqs if shared and num_ahead is None else waves.most_running):
             return False
-        if num_running == 0:
+        if num_running == 0 or num_ahead is not None:  # who takes turns leaves pages for the prompts that wait
             return True
-        if num_ahead is not None:
-            spare = spare_pages(self.running, num_ahead, self.pages.num_pages)
-            return num_running < num_ahead or pages_for(request.num_tokens) - len(shared) <= spare
         # Beginnings that several share, each counted once.
         others = max(self.pages.num_held - sum(len(r.pages) - r.num_shared for r in self.running), 0)
         at_ends = sum(pages_for(r.final_tokens) - r.num_shared for r in self.running)

@@ -12,11 +12,6 @@ from nemotron_fast.pages import PAGE_SIZE, pages_for
 from nemotron_fast.request import Request
 
 
-def spare_pages(running: list[Request], num_ahead: int, num_pages: int) -> int:
-    """Pages that those behind can still take while those ahead run to their ends."""
-    return num_pages - sum(pages_for(r.final_tokens) for r in running[:num_ahead]) - _owned(running[num_ahead:])
-
-
 def sitting_out(
     running: list[Request], waiting: Iterable[Request], num_ahead: int, max_rows: int, num_pages: int
 ) -> set[Request]:
@@ -31,10 +26,11 @@ def sitting_out(
     ahead = running[:num_ahead]
     behind = [r for r in running[num_ahead:] if r.is_decoding]
     num_rows = max_rows - num_ahead
+    spare = num_pages - _owned(running[num_ahead:])
     if _fit_to_their_ends(running, num_pages):
-        spare = num_pages - sum(pages_for(r.num_expected) for r in ahead) - _owned(running[num_ahead:])
+        spare -= sum(pages_for(r.num_expected) for r in ahead)
     else:
-        spare = spare_pages(running, num_ahead, num_pages) - sum(pages_for(r.num_tokens) for r in waiting)
+        spare -= sum(pages_for(r.final_tokens) for r in ahead) + sum(pages_for(r.num_tokens) for r in waiting)
         tokens = spare * PAGE_SIZE + sum(len(r.pages) * PAGE_SIZE - r.num_expected for r in behind)
         steps = max((r.final_tokens - r.num_expected for r in ahead), default=0)
         num_rows = min(num_rows, -(-tokens // max(steps, 1)))  # so that they get these tokens in these steps
@@ -55,6 +51,5 @@ def _owned(running: list[Request]) -> int:
 
 
 def _fit_to_their_ends(running: list[Request], num_pages: int) -> bool:
-    return (
-        peak_pages([r.num_expected for r in running], [r.final_tokens - r.num_expected for r in running]) <= num_pages
-    )
+    left = [r.final_tokens - r.num_expected for r in running]
+    return peak_pages([r.num_expected for r in running], left) <= num_pages

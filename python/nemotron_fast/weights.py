@@ -2,8 +2,7 @@
 """A checkpoint folder -> the weights of one rank on one device, fused as the forward pass uses them.
 
 Each runtime tensor is allocated once and filled in chunks of a few MB from the mapped files: host memory beyond
-the final weights and the page cache stays below about 32 MB, whatever the size of the model (malloc may keep as
-much again of what it was given back).
+the final weights and the page cache stays below about 32 MB, whatever the size of the model.
 """
 
 from __future__ import annotations

@@ -179,6 +179,11 @@ def test_requests_of_one_length_run_in_level_waves(count, most):
     assert most_running(scheduler) == most and scheduler.num_preempted == 0
 
 
+def test_turns_that_gain_little_are_waves():
+    scheduler = alike(18, num_pages=100, length=580)  # 10 fit; beside 8, one more page for each of those: 64 steps less
+    assert most_running(scheduler) == 9
+
+
 def test_waves_are_of_requests_that_surely_generate_equally_many():
     unsure = [
         alike(16, num_pages=22, odd_length=1),
@@ -232,6 +237,36 @@ def test_more_than_fit_take_turns(count, num_pages, max_num_seqs, length, num_st
 def test_turns_are_level():
     turns = run_turns(alike(14, num_pages=100, length=580), 580)
     assert set(turns.rows[2:500]) <= {9, 10}, "4 that are ahead, and 10 * 324 tokens in 580 steps"
+
+
+@pytest.mark.parametrize(
+    ("count", "prompts", "num_pages", "max_num_seqs", "num_steps"),
+    [
+        pytest.param(9, [134, 78], 43, 99, 223, id="pages run out"),
+        pytest.param(9, [101, 14, 103], 37, 8, 385, id="prompts wait for pages"),
+    ],
+)
+def test_turns_of_unequal_prompts(count, prompts, num_pages, max_num_seqs, num_steps):
+    requests = [make_request(n, prompts[n % len(prompts)], 200, frozenset()) for n in range(count)]
+    scheduler = make_scheduler(num_pages, *requests, max_num_seqs=max_num_seqs, max_batched_tokens=64)
+    assert len(run_turns(scheduler, 200).rows) == num_steps < 2 * 200 + 9
+
+
+def test_turns_end_where_lengths_differ():
+    scheduler = alike(12, num_pages=99, max_num_seqs=8)
+    while scheduler.waiting:
+        run_step(scheduler)
+    scheduler.add(make_request(99, 60, 61, frozenset()))
+    while scheduler.has_work:
+        chunks = scheduler.next()
+        assert len(chunks) <= 8
+        finish_step(scheduler, chunks)
+
+
+def test_those_that_share_a_beginning_take_no_turns():
+    requests = [make_request(n, [*range(64), n], 575, frozenset()) for n in range(10)]
+    scheduler = make_scheduler(1 + 10 * 9, *requests, max_num_seqs=99, max_batched_tokens=800)  # one page is shared
+    assert len(run_turns(scheduler, 575).rows) == 575
 
 
 def test_turns_hold_up_no_prompt():
