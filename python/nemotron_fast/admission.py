@@ -105,9 +105,7 @@ class Waves:
         if gain > length // 8:
             return WavePlan(count, num_ahead)
         together = not running or len(running[0].output) - len(running[-1].output) <= length // 8
-        if together:
-            return WavePlan(room if count >= 2 * room else -(-count // 2))
-        return everyone
+        return WavePlan(min(-(-count // 2), max_num_seqs)) if together else everyone
 
     def _count(self, request: Request, change: int) -> None:
         length = None if request.can_stop else request.max_tokens

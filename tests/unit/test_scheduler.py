@@ -182,6 +182,20 @@ def test_requests_of_one_length_run_in_level_waves(count, most):
 def test_turns_that_gain_little_are_waves():
     scheduler = alike(18, num_pages=100, length=580)  # 10 fit; beside 8, one more page for each of those: 64 steps less
     assert most_running(scheduler) == 9
+    scheduler = alike(15, num_pages=99, length=64, max_num_seqs=8)  # beside 7, one row for 8: 8 steps less
+    assert most_running(scheduler) == 8
+
+
+def test_more_than_two_waves_begin_with_full_ones():
+    scheduler = alike(20, num_pages=99, max_num_seqs=8, length=1)
+    in_flight = scheduler.next()
+    assert len(in_flight) == 8 and not scheduler.next(), "no more than a step holds have pages"
+
+
+def test_waves_are_not_level_where_prompts_start_far_apart():
+    requests = [make_request(n, 250, 16, frozenset()) for n in range(9)]  # 5 pages: 6 fit
+    scheduler = make_scheduler(30, *requests, max_num_seqs=99, max_batched_tokens=100)
+    assert most_running(scheduler) > 5
 
 
 def test_waves_are_of_requests_that_surely_generate_equally_many():
