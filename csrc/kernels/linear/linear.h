@@ -44,8 +44,7 @@ struct PackedLinearParams {
   const void* packed;         // the weight, packed; at a multiple of 16 bytes
   const float* x_scale;       // [T] if x_scale_per_token, else [1]
   const float* weight_scale;  // [N] if weight_scale_per_row, else [1]; rows in the order before packing
-  const float* out_scale;     // [1], for kFp8; may be read before the predecessor in the stream has finished,
-                              // as `packed` is: nothing that overlaps this launch writes either
+  const float* out_scale;     // [1], for kFp8
   float2* out_stats;  // kAdd and bf16 kSwiglu, T <= kMaxTokensWithStats: statistics of out, one block per
                       // block of the weight; or null
   const __nv_bfloat16* out_norm_weight;  // for out_stats: [N] of the norm that reads out, or null

@@ -302,11 +302,13 @@ __device__ __forceinline__ void consume(LinearSmem<C>& s, const CUtensorMap& out
   RingPosition<C> ring;
   Accumulators<C> r_acc;
   Divisor out_scale;
-  if (!C::kStagesOutput && p.out_scale) out_scale = *p.out_scale;
   const auto wait = [&] {
     wait_for_predecessor();
-    if constexpr (C::kStagesOutput)
+    if constexpr (!C::kStagesOutput) {
+      if (p.out_scale) out_scale = *p.out_scale;
+    } else {
       if (p.out_scale && thread == 0) s.scales.out[warpgroup] = *p.out_scale;
+    }
   };
   bool rehearses = C::kRehearses;
   if (!rehearses) wait();
