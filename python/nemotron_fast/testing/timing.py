@@ -3,10 +3,11 @@
 
 Method on a GPU. A candidate is captured into a CUDA graph that calls it once on each of `num_sets` input sets, which
 together exceed three times the L2 cache: so every call finds its inputs cold, and launch overhead of the host is not
-in the time. Replays of the candidates alternate (A B A B ...), so that clocks and temperature affect all alike. A time
-is that of one replay divided by `num_sets`; reported are the median, p10 and p90 over the replays. The bandwidth
-ceilings are measured in the same run. On a CPU one call per replay is timed with time.perf_counter, and the record
-says "cpu". A candidate whose result is wrong is never timed: `verify` raises first.
+in the time. No memory goes back to the driver on the way: where it did, an H100 had up to a fifth less bandwidth for a
+while (the driver seems to clear what it gets). Replays of the candidates alternate (A B A B ...), so that clocks and
+temperature affect all alike. A time is that of one replay divided by `num_sets`; reported are the median, p10 and p90
+over the replays. The bandwidth ceilings are measured in the same run. On a CPU one call per replay is timed with
+time.perf_counter, and the record says "cpu". A candidate whose result is wrong is never timed: `verify` raises first.
 """
 
 from __future__ import annotations
@@ -166,13 +167,16 @@ def device_name(device: torch.device) -> str:
 
 def _graph_timer(candidate: Candidate, num_sets: int) -> Callable[[], float]:
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())  # the inputs are there
     with torch.cuda.stream(stream):
         for i in range(min(num_sets, 3)):  # compiles and allocates outside of the capture
             candidate.run(i)
     stream.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
+    with torch.cuda.stream(stream):  # not torch.cuda.graph, which gives back what memory is not in use
+        graph.capture_begin()
         results = [candidate.run(i) for i in range(num_sets)]  # all alive: each call writes to memory of its own
+        graph.capture_end()
     begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
 
     def timer() -> float:
