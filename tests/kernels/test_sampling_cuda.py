@@ -128,9 +128,13 @@ def test_a_row_with_a_nan_gives_minus_one(temperature: float) -> None:
         assert found[0] == logits[0].argmax() and found[2] == logits[2].argmax()
 
 
-@pytest.mark.parametrize("rows,vocab", [(0, 10), (1, 5), (3, 1003), (64, LLAMA3)])
-def test_penalize(rows: int, vocab: int) -> None:
-    logits = make_logits(rows, vocab)
+@pytest.mark.parametrize(
+    "rows,vocab,skipped",
+    [(0, 10, 0), (1, 5, 0), (3, 1003, 0), (3, 1000, 0), (3, 1000, 8), (3, 1000, 3), (64, LLAMA3, 0)],
+)
+def test_penalize(rows: int, vocab: int, skipped: int) -> None:
+    """Also of rows inside longer ones, at multiples of 16 bytes and not."""
+    logits = make_logits(rows, skipped + vocab)[:, skipped:]
     counts = torch.randint(0, 4, (rows, vocab), dtype=torch.int32, device="cuda")
     counts[torch.rand(rows, vocab, device="cuda") < 0.5] = 0
     in_prompt = torch.rand(rows, vocab, device="cuda") < 0.3
