@@ -33,11 +33,11 @@ struct RingShape {
   constexpr int bytes() const { return num_stages * stage_bytes; }
 };
 
-// More stages than max_stages would fit beside few tokens, but make all linears of a step slower (by 1-2 %
-// for 96 and 128 tokens on an H100).
-constexpr RingShape ring_shape(int tokens, int max_stages) {
+// More stages would fit beside few tokens, but make all linears of a step slower (by 1-2 % for 96 and 128
+// tokens on an H100).
+constexpr RingShape ring_shape(int tokens) {
   const int stage_bytes = kBlockTileBytes + tokens * kTileRowBytes;
-  return {std::min(204 * 1024 / stage_bytes, max_stages), stage_bytes};
+  return {std::min(204 * 1024 / stage_bytes, 5), stage_bytes};
 }
 
 // kTokens_: of a full tile. kRehearses_: see GemmConsumer::run().
@@ -49,10 +49,10 @@ struct GemmConfig {
   static constexpr int kHalfTokens = kTokens / 2;
   static constexpr int kHalfBytes = kHalfTokens * kTileRowBytes;  // of a k tile of activations
   // kNarrowRing: of a launch whose tiles are all halves. (8192 x 28672 and 256 tokens, a chain of such on an
-  // H100: 93 us with 6 stages, 101 with 4 of whole tiles. Of fewer tokens 6 are faster in such a chain, but
-  // not in a step.)
-  static constexpr RingShape kRing = ring_shape(kTokens, 5),
-                             kNarrowRing = ring_shape(kHalfTokens, kTokens > kMaxReadBoundTokens ? 6 : 5);
+  // H100: 93 us with 6 stages, 101 with 4 of whole tiles. But in a step about half of the CTAs run 10 us and
+  // more ahead then, and wait for the others in the end: blocks and attention of 256 sequences take 27.0 ms
+  // with 5 stages, 27.2 with 6, 27.4 with 4.)
+  static constexpr RingShape kRing = ring_shape(kTokens), kNarrowRing = ring_shape(kHalfTokens);
   static constexpr int kRingBytes = std::max(kRing.bytes(), kNarrowRing.bytes());
   static constexpr int kMaxStages = std::max(kRing.num_stages, kNarrowRing.num_stages);
   static constexpr int kStagings = 2;
