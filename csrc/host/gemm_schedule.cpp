@@ -19,6 +19,8 @@ GemmSchedule make_gemm_schedule(int num_blocks, int num_tokens, int max_ctas, in
   const int64_t num_columns = num_tokens / tile_tokens + (rest > tile_tokens / 2);
   NF_CHECK(2 * num_blocks * (num_columns + 1) <= INT_MAX, "T=" + std::to_string(num_tokens));
 
+  const bool is_single = num_columns == 1 && !has_half_column,
+             is_read_bound = is_single && num_tokens <= kMaxReadBoundTokens;
   const int num_full = int(num_blocks * num_columns), num_half = has_half_column ? num_blocks : 0;
   GemmSchedule whole{.num_ctas = max_ctas,
                      .num_blocks = num_blocks,
@@ -27,8 +29,9 @@ GemmSchedule make_gemm_schedule(int num_blocks, int num_tokens, int max_ctas, in
                      .num_tiles = num_full + num_half,
                      .tile_tokens = tile_tokens,
                      .max_stages = INT_MAX,
-                     .in_three_quarters = false};
-  if (num_tokens <= std::min(tile_tokens, kMaxReadBoundTokens) && num_full > max_ctas) {
+                     .in_three_quarters = false,
+                     .cuts_rows = is_read_bound || (is_single && num_full <= max_ctas)};
+  if (is_read_bound && num_full > max_ctas) {
     const int rounds = (num_full + max_ctas - 1) / max_ctas;
     whole.num_ctas = (num_full + rounds - 1) / rounds;
     whole.max_stages = kReadBoundStages;
@@ -38,7 +41,7 @@ GemmSchedule make_gemm_schedule(int num_blocks, int num_tokens, int max_ctas, in
   const int num_last = num_full % max_ctas;
   cut.num_full -= num_last, cut.num_tiles += num_last;
   GemmSchedule best = cut.quarters() < whole.quarters() ? cut : whole;
-  if (num_columns == 1 && !has_half_column && num_tokens > kMaxReadBoundTokens) {
+  if (is_single && !is_read_bound) {
     GemmSchedule three_quarters = whole;
     three_quarters.num_full = 0, three_quarters.in_three_quarters = true;
     three_quarters.num_tiles = num_blocks / 3 * 4 + (num_blocks % 3 ? num_blocks % 3 + 1 : 0);

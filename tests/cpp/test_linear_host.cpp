@@ -187,12 +187,14 @@ void check_gemm_tiles(int ctas, int tokens, int blocks, int tile_tokens) {
   bool has_full = false;
   for (int i = 0; i < s.num_tiles; ++i) {
     const nf::GemmTile tile = s.tile(i);
+    EXPECT_EQ(!tile.shares_rows() || (s.cuts_rows && tile.part[0].num_halves == 1), true);
     for (int w : {0, 1}) {
       const auto& part = tile.part[w];
-      EXPECT_EQ(part.half_block >= 0 && part.half_block % 2 == w, true);
+      EXPECT_EQ(part.half_block >= 0 && (part.half_block % 2 == w || tile.shares_rows()), true);
       EXPECT_EQ(part.half_block / 2 < blocks || s.in_three_quarters, true);
       EXPECT_EQ(part.first_half >= 0 && part.first_half + part.num_halves <= tile.num_halves, true);
-      if (!s.in_three_quarters) EXPECT_EQ(part.half_block, tile.part[0].half_block + w);
+      if (!s.in_three_quarters)
+        EXPECT_EQ(part.half_block, tile.part[0].half_block + (tile.shares_rows() ? 0 : w));
       cost[i % s.num_ctas] += part.num_halves;
       if (part.half_block / 2 >= blocks) continue;
       EXPECT_EQ(tile.token % half == 0 && tile.token >= 0 && tile.token + part.first_half * half < tokens,
@@ -200,7 +202,7 @@ void check_gemm_tiles(int ctas, int tokens, int blocks, int tile_tokens) {
       for (int h = part.first_half; h < part.first_half + part.num_halves; ++h)
         ++hits.at(part.half_block * (halves + 1) + tile.token / half + h);
     }
-    has_full |= tile.num_halves == 2;
+    has_full |= tile.num_halves == 2 && !tile.shares_rows();
   }
   EXPECT_EQ(std::count(hits.begin(), hits.end(), 1), std::ptrdiff_t(2) * blocks * halves);
   EXPECT_EQ(*std::max_element(hits.begin(), hits.end()), 1);
@@ -231,7 +233,13 @@ void test_gemm_tiles() {
     EXPECT_EQ(s.num_ctas, ctas);
     EXPECT_EQ(s.max_stages == nf::kReadBoundStages, blocks > 132);
     EXPECT_EQ(s.num_full == blocks, blocks > 64);
+    for (int i = s.num_full; i < s.num_tiles; ++i) EXPECT_EQ(s.tile(i).shares_rows(), true);
   }
+  EXPECT_EQ(nf::make_gemm_schedule(64, 256, 132, 256).tile(0).shares_rows(), true);
+  // Behind full tiles of more tokens, and of a last column that is half as wide, it has half of the tokens.
+  EXPECT_EQ(nf::make_gemm_schedule(448, 256, 132, 256).tile(396).shares_rows(), false);
+  EXPECT_EQ(nf::make_gemm_schedule(64, 129, 132, 96).cuts_rows, false);
+  EXPECT_EQ(nf::make_gemm_schedule(64, 40, 132, 96).cuts_rows, false);
   EXPECT_EQ(nf::make_gemm_schedule(448, 193, 132, 224).num_ctas, 132);
   EXPECT_EQ(nf::make_gemm_schedule(448, 192, 132, 160).num_ctas, 132);
   for (int tokens = 1; tokens <= 256; ++tokens)

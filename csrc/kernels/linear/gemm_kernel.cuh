@@ -27,17 +27,18 @@
 namespace nf {
 namespace {
 
-// The ring of a launch. A stage is a k tile: 128 rows of weights in two tiles, then the activations.
+// The ring of a launch. A stage is a k tile: 128 or 64 rows of weights, then the activations.
 struct RingShape {
-  int num_stages, stage_bytes;
+  int num_stages, stage_bytes, weight_bytes;
   constexpr int bytes() const { return num_stages * stage_bytes; }
 };
 
-// More stages would fit beside few tokens, but make all linears of a step slower (by 1-2 % for 96 and 128
-// tokens on an H100).
-constexpr RingShape ring_shape(int tokens) {
-  const int stage_bytes = kBlockTileBytes + tokens * kTileRowBytes;
-  return {std::min(204 * 1024 / stage_bytes, 5), stage_bytes};
+// More stages would fit beside few tokens, but make all linears of a step no faster (for 96 and 128 tokens on
+// an H100).
+constexpr RingShape ring_shape(int weight_bytes, int tokens) {
+  const int stage_bytes = weight_bytes + tokens * kTileRowBytes,
+            most_stages = weight_bytes == kTileBytes ? 8 : 5;
+  return {std::min(204 * 1024 / stage_bytes, most_stages), stage_bytes, weight_bytes};
 }
 
 // kTokens_: of a full tile. kRehearses_: see GemmConsumer::run().
@@ -48,13 +49,17 @@ struct GemmConfig {
   static constexpr int kTokens = kTokens_;
   static constexpr int kHalfTokens = kTokens / 2;
   static constexpr int kHalfBytes = kHalfTokens * kTileRowBytes;  // of a k tile of activations
-  // kNarrowRing: of a launch whose tiles are all halves. (8192 x 28672 and 256 tokens, a chain of such on an
-  // H100: 93 us with 6 stages, 101 with 4 of whole tiles. But in a step about half of the CTAs run 10 us and
-  // more ahead then, and wait for the others in the end: blocks and attention of 256 sequences take 27.0 ms
-  // with 5 stages, 27.2 with 6, 27.4 with 4.)
-  static constexpr RingShape kRing = ring_shape(kTokens), kNarrowRing = ring_shape(kHalfTokens);
-  static constexpr int kRingBytes = std::max(kRing.bytes(), kNarrowRing.bytes());
-  static constexpr int kMaxStages = std::max(kRing.num_stages, kNarrowRing.num_stages);
+  // Of a launch whose tiles are all halves, of rows or of tokens. (Of tokens: 8192 x 28672 and 256 tokens, a
+  // chain of such on an H100: 93 us with 6 stages, 101 with 4 of whole tiles. But in a step about half of the
+  // CTAs run 10 us and more ahead then, and wait for the others in the end: blocks and attention of 256
+  // sequences take 27.0 ms with 5 stages, 27.2 with 6, 27.4 with 4.)
+  static constexpr RingShape kRing = ring_shape(kBlockTileBytes, kTokens),
+                             kRingOfHalfRows = ring_shape(kTileBytes, kTokens),
+                             kRingOfHalfTokens = ring_shape(kBlockTileBytes, kHalfTokens);
+  static constexpr int kRingBytes =
+      std::max({kRing.bytes(), kRingOfHalfRows.bytes(), kRingOfHalfTokens.bytes()});
+  static constexpr int kMaxStages =
+      std::max({kRing.num_stages, kRingOfHalfRows.num_stages, kRingOfHalfTokens.num_stages});
   static constexpr int kStagings = 2;
   static_assert(kTokens % kTileTokensStep == 0 && kHalfTokens % kBoxTokens == 0);
 
@@ -79,8 +84,8 @@ enum NamedBarrier { kAllThreads, kFirstWarpgroup };  // kFirstWarpgroup + i is w
 
 template <class C>
 struct GemmSmem {
-  // Stages: [warpgroup] weights, kTileBytes each, 64 swizzled rows; [half] x, C::kHalfBytes each, swizzled
-  // rows
+  // Stages: [warpgroup] weights, kTileBytes each, 64 swizzled rows, or one such for both; [half] x,
+  // C::kHalfBytes each, swizzled rows
   alignas(1024) uint8_t ring[C::kRingBytes];
   alignas(1024) Staging staging[2][2];  // [warpgroup], two pieces: while one is stored, the next is written
   TileScales<C> scales[2][2];           // [warpgroup], of two tiles: the last one's may still be read
@@ -134,22 +139,25 @@ struct GemmProducer {
   // Those of rows beyond the weight are read from its last half block, for nothing.
   __device__ __forceinline__ void load_weights(int stage, const GemmTile& tile, int k) {
     uint8_t* to = s.ring + stage * shape.stage_bytes;
+    const bool shares_rows = tile.shares_rows();
+    const int num_bytes = shares_rows ? kTileBytes : kBlockTileBytes;
     const auto load = [&](const GemmTile::Part& part, uint8_t* to, int bytes) {
       const int half_block = min(part.half_block, 2 * schedule.num_blocks - 1);
       const int64_t packed_tile = (int64_t(half_block / 2) * k_tiles + k) * 2 + half_block % 2;
-      ptx::bulk_load(to, static_cast<const char*>(p.packed) + packed_tile * kTileBytes, bytes, &s.full[stage],
-                     part.num_halves == 2 && p.num_tokens <= C::kTokens ? read_once : read_again);
+      ptx::bulk_load(
+          to, static_cast<const char*>(p.packed) + packed_tile * kTileBytes, bytes, &s.full[stage],
+          (shares_rows || part.num_halves == 2) && p.num_tokens <= C::kTokens ? read_once : read_again);
     };
-    ptx::mbarrier_arrive_expect(&s.full[stage], kBlockTileBytes + tile.num_halves * C::kHalfBytes);
+    ptx::mbarrier_arrive_expect(&s.full[stage], num_bytes + tile.num_halves * C::kHalfBytes);
     if (schedule.in_three_quarters) {
       load(tile.part[0], to, kTileBytes);
       load(tile.part[1], to + kTileBytes, kTileBytes);
     } else {
-      load(tile.part[0], to, kBlockTileBytes);
+      load(tile.part[0], to, num_bytes);
     }
   }
   __device__ __forceinline__ void load_x(int stage, const GemmTile& tile, int k) {
-    uint8_t* to = s.ring + stage * shape.stage_bytes + kBlockTileBytes;
+    uint8_t* to = s.ring + stage * shape.stage_bytes + shape.weight_bytes;
     for (int half = 0; half < tile.num_halves; ++half)
       ptx::tensor_load(to + half * C::kHalfBytes, &x_map,
                        k * (kTileRowBytes / int(sizeof(typename C::Element))),
@@ -186,7 +194,8 @@ struct Multiplier {
   GemmSmem<C>& s;
   const int warpgroup, thread;  // in the warpgroup
   GemmRing ring;
-  int x_offset = 0;  // of the activations that it multiplies by, in bytes
+  int weight_offset = 0, x_offset = 0;  // in a stage: of what it multiplies
+  int first_fold = 0;                   // k tiles before it
 
   // The stage may be filled again once all warps have read it.
   __device__ __forceinline__ void release(int stage) {
@@ -198,8 +207,8 @@ struct Multiplier {
   __device__ __forceinline__ void start_products(Accumulators<C>& r_acc, bool accumulate) {
     constexpr typename C::Element kTag{};
     const uint8_t* stage = s.ring + uniform(ring.stage) * ring.shape.stage_bytes;
-    const uint64_t weight = ptx::wgmma_descriptor(stage + warpgroup * kTileBytes),
-                   x = ptx::wgmma_descriptor(stage + kBlockTileBytes + x_offset);
+    const uint64_t weight = ptx::wgmma_descriptor(stage + weight_offset),
+                   x = ptx::wgmma_descriptor(stage + x_offset);
     auto& r_used = reinterpret_cast<float (&)[kHalves * C::kHalfTokens / 2]>(r_acc);
     ptx::mbarrier_wait(&s.full[ring.stage], ring.parity);
     ptx::wgmma_fence();
@@ -229,8 +238,7 @@ struct Multiplier {
       while (output.num_boxes > 0) next([&] { output.store_piece(thread); });
     }
     static_assert(C::kFoldTiles / 2 > TileOutput<C>::kPieces);
-    // The warpgroups take turns, so that the tensor cores stay busy.
-    const int folds_at = !C::kFolds ? num_k_tiles : warpgroup == 0 ? C::kFoldTiles : C::kFoldTiles / 2;
+    const int folds_at = !C::kFolds ? num_k_tiles : first_fold;
     if constexpr (C::kFolds) output.clear();
 #pragma unroll 1
     for (int end = min(folds_at, num_k_tiles);; end = min(end + C::kFoldTiles, num_k_tiles)) {
@@ -277,7 +285,11 @@ struct GemmConsumer {
   __device__ __forceinline__ Share start_share(const GemmSchedule& schedule, int i) {
     const GemmTile tile = schedule.tile(i);
     const GemmTile::Part part = warpgroup == 0 ? tile.part[0] : tile.part[1];
-    multiplier.x_offset = uniform(part.first_half) * C::kHalfBytes;
+    multiplier.weight_offset = tile.shares_rows() ? 0 : warpgroup * kTileBytes;
+    // Warpgroups take turns, so that the tensor cores stay busy. But it depends on the rows alone, as bits
+    // do.
+    multiplier.first_fold = part.half_block % 2 == 0 ? C::kFoldTiles : C::kFoldTiles / 2;
+    multiplier.x_offset = multiplier.ring.shape.weight_bytes + uniform(part.first_half) * C::kHalfBytes;
     return {part.half_block * kTileRows, tile.token + part.first_half * C::kHalfTokens, part.num_halves};
   }
 
@@ -384,7 +396,9 @@ void launch_gemm_of(const PackedLinearParams& p, cudaStream_t stream) {
   const PackedShape shape = packed_shape(p.num_rows, p.num_cols, kElementBytes);
   const GemmSchedule schedule =
       make_gemm_schedule(int(shape.num_blocks()), p.num_tokens, p.num_sms, C::kTokens);
-  RingShape ring = schedule.is_narrow() ? C::kNarrowRing : C::kRing;
+  RingShape ring = !schedule.is_narrow() ? C::kRing
+                   : schedule.cuts_rows  ? C::kRingOfHalfRows
+                                         : C::kRingOfHalfTokens;
   ring.num_stages = std::min(ring.num_stages, schedule.max_stages);
   launch<kKernel>({.ctas = dim3(unsigned(schedule.num_ctas)),
                    .threads = kThreads,
