@@ -20,7 +20,7 @@ GemmSchedule make_gemm_schedule(int num_blocks, int num_tokens, int max_ctas, in
   NF_CHECK(2 * num_blocks * (num_columns + 1) <= INT_MAX, "T=" + std::to_string(num_tokens));
 
   const bool is_single = num_columns == 1 && !has_half_column,
-             is_read_bound = is_single && num_tokens <= kMaxReadBoundTokens;
+             is_read_bound = num_tokens <= kMaxReadBoundTokens;
   const int num_full = int(num_blocks * num_columns), num_half = has_half_column ? num_blocks : 0;
   GemmSchedule whole{.num_ctas = max_ctas,
                      .num_blocks = num_blocks,
@@ -28,15 +28,8 @@ GemmSchedule make_gemm_schedule(int num_blocks, int num_tokens, int max_ctas, in
                      .num_full = num_full,
                      .num_tiles = num_full + num_half,
                      .tile_tokens = tile_tokens,
-                     .max_stages = INT_MAX,
                      .in_three_quarters = false,
-                     .cuts_rows = is_read_bound || (is_single && num_full <= max_ctas)};
-  if (is_read_bound && num_full > max_ctas) {
-    const int rounds = (num_full + max_ctas - 1) / max_ctas;
-    whole.num_ctas = (num_full + rounds - 1) / rounds;
-    whole.max_stages = kReadBoundStages;
-    return whole;
-  }
+                     .cuts_rows = is_single && (is_read_bound || num_full <= max_ctas)};
   GemmSchedule cut = whole;
   const int num_last = num_full % max_ctas;
   cut.num_full -= num_last, cut.num_tiles += num_last;

@@ -11,21 +11,15 @@
 // read few different weights and few different activations, and L2 serves the rest. Where the last round of
 // full tiles would leave more than half of the CTAs idle, its tiles are cut into halves.
 //
-// With few tokens in a single column, reading the weights bounds the time, and somewhat fewer CTAs read as
-// fast as all. What counts then is that they read the same activations at about the same time: each gets
-// equally many tiles, and reads less far ahead than it could. (An H100, zeros: gate_up of 28,672, 448 blocks,
-// takes 14, 14, 6 and 2 us less with 112 CTAs and 4 stages than with 132 and all stages for 96, 128, 160 and
-// 192 tokens, 4 more for 256. 224 and 280 blocks take as long with 112 and 94 CTAs as with 132.)
-//
 // Half a tile of a single column has half of the rows, so that each weight is read once: two CTAs that read
 // the same ones, for half of the tokens each, have to keep step for the second to find them in L2. (Blocks
 // and attention of 96, 128, 160, 192, 224 and 256 sequences take 0.43, 0.57, 0.43, 0.28, 0.37 and 0.25 ms
-// less so, of 18 to 27, on an H100. Not so behind full tiles of more than 192 tokens, where it costs 0.05
-// ms.)
+// less so, of 18 to 27, on an H100. Not so behind full tiles of more than 192 tokens, where it costs 0.05 to
+// 0.5 ms.)
 //
-// With more tokens in a single column, products bound the time, and tiles of three quarters may end sooner:
-// four CTAs share three blocks, so that each has one half of a block with all tokens and one with half of the
-// tokens. (N = 10,240 and 256 tokens: 107 CTAs instead of 80.)
+// With more than 192 tokens in a single column tiles of three quarters may end sooner: four CTAs share three
+// blocks, so that each has one half of a block with all tokens and one with half of the tokens. (N = 10,240
+// and 256 tokens: 107 CTAs instead of 80.)
 #pragma once
 
 #include <cstdint>
@@ -48,8 +42,7 @@ constexpr int gemm_tile_tokens(int num_tokens) {
   return best;
 }
 
-constexpr int kMaxReadBoundTokens = 192;  // up to which reading the weights bounds the time
-constexpr int kReadBoundStages = 4;       // of the ring, then: k tiles that a CTA reads ahead
+constexpr int kMaxReadBoundTokens = 192;  // up to which reading the weights bounds the time, not the products
 
 struct GemmTile {
   int token, num_halves;  // the first, and how many times tile_tokens / 2
@@ -70,7 +63,6 @@ struct GemmSchedule {
   int num_full;     // tiles of tile_tokens; the other num_blocks * num_columns - num_full are cut
   int num_tiles;    // all of them
   int tile_tokens;
-  int max_stages;          // of the ring that a CTA uses, each a k tile
   bool in_three_quarters;  // are all tiles such?
   bool cuts_rows;          // has half a tile half of the rows, or else half of the tokens?
 
@@ -95,8 +87,8 @@ struct GemmSchedule {
     return {token, 2, {{half_block, 0, 1}, {half_block, 1, 1}}};
   }
 
-  // Is no tile more than half a tile?
-  constexpr bool is_narrow() const { return num_full == 0 && !in_three_quarters; }
+  // Has each tile half of the rows?
+  constexpr bool is_narrow() const { return num_full == 0 && cuts_rows && !in_three_quarters; }
 
   // Until the last CTA ends, in quarters of a tile.
   constexpr int quarters() const {

@@ -3,7 +3,7 @@
 // packed_linear_kernel.cuh, and the packed weights are the same.
 //
 // Grid: one CTA per SM, or fewer, which stays for the whole launch (gemm_schedule.h says what each computes).
-// A tile is 128 rows x up to 256 tokens. A producer thread fills the ring, two warpgroups multiply 64 rows x
+// A tile is 128 rows x up to 256 tokens. A producer warp fills the ring, two warpgroups multiply 64 rows x
 // all tokens each.
 //
 // Clusters of two CTAs that load activations for each other were no faster on an H100, at 128 to 2,048
@@ -33,12 +33,10 @@ struct RingShape {
   constexpr int bytes() const { return num_stages * stage_bytes; }
 };
 
-// More stages would fit beside few tokens, but make all linears of a step no faster (for 96 and 128 tokens on
-// an H100).
 constexpr RingShape ring_shape(int weight_bytes, int tokens) {
-  const int stage_bytes = weight_bytes + tokens * kTileRowBytes,
-            most_stages = weight_bytes == kTileBytes ? 8 : 5;
-  return {std::min(204 * 1024 / stage_bytes, most_stages), stage_bytes, weight_bytes};
+  constexpr int kMostBytes = 204 * 1024, kMostStages = 8;
+  const int stage_bytes = weight_bytes + tokens * kTileRowBytes;
+  return {std::min(kMostBytes / stage_bytes, kMostStages), stage_bytes, weight_bytes};
 }
 
 // kTokens_: of a full tile. kRehearses_: see GemmConsumer::run().
@@ -49,17 +47,10 @@ struct GemmConfig {
   static constexpr int kTokens = kTokens_;
   static constexpr int kHalfTokens = kTokens / 2;
   static constexpr int kHalfBytes = kHalfTokens * kTileRowBytes;  // of a k tile of activations
-  // Of a launch whose tiles are all halves, of rows or of tokens. (Of tokens: 8192 x 28672 and 256 tokens, a
-  // chain of such on an H100: 93 us with 6 stages, 101 with 4 of whole tiles. But in a step about half of the
-  // CTAs run 10 us and more ahead then, and wait for the others in the end: blocks and attention of 256
-  // sequences take 27.0 ms with 5 stages, 27.2 with 6, 27.4 with 4.)
   static constexpr RingShape kRing = ring_shape(kBlockTileBytes, kTokens),
-                             kRingOfHalfRows = ring_shape(kTileBytes, kTokens),
-                             kRingOfHalfTokens = ring_shape(kBlockTileBytes, kHalfTokens);
-  static constexpr int kRingBytes =
-      std::max({kRing.bytes(), kRingOfHalfRows.bytes(), kRingOfHalfTokens.bytes()});
-  static constexpr int kMaxStages =
-      std::max({kRing.num_stages, kRingOfHalfRows.num_stages, kRingOfHalfTokens.num_stages});
+                             kNarrowRing = ring_shape(kTileBytes, kTokens);  // where all tiles have 64 rows
+  static constexpr int kRingBytes = std::max(kRing.bytes(), kNarrowRing.bytes());
+  static constexpr int kMaxStages = std::max(kRing.num_stages, kNarrowRing.num_stages);
   static constexpr int kStagings = 2;
   static_assert(kTokens % kTileTokensStep == 0 && kHalfTokens % kBoxTokens == 0);
 
@@ -78,7 +69,7 @@ struct GemmConfig {
 constexpr int kMaxRehearsedTokens = 256;
 
 constexpr int kConsumerWarps = 2 * kWarpgroupThreads / kWarpSize;
-constexpr int kThreads = 3 * kWarpgroupThreads;  // of the last warpgroup one thread produces
+constexpr int kThreads = 3 * kWarpgroupThreads;  // of the last warpgroup one warp produces
 
 enum NamedBarrier { kAllThreads, kFirstWarpgroup };  // kFirstWarpgroup + i is warpgroup i's
 
@@ -91,6 +82,11 @@ struct GemmSmem {
   TileScales<C> scales[2][2];           // [warpgroup], of two tiles: the last one's may still be read
   Divisor out_scale[2];                 // [warpgroup]
   alignas(8) uint64_t full[C::kMaxStages], empty[C::kMaxStages];
+};
+
+// Of x in boxes of a tile's tokens and of half as many, and of the result.
+struct GemmMaps {
+  CUtensorMap x, half_x, out;
 };
 
 struct GemmRing {
@@ -106,29 +102,42 @@ struct GemmRing {
 // its descriptors are computed by the uniform datapath then.
 __device__ __forceinline__ int uniform(int v) { return __shfl_sync(kFullWarp, v, 0); }
 
-// The same value, but what follows from it is computed here: held in registers across the products it would
-// leave them too few.
-__device__ __forceinline__ int here(int v) {
-  asm volatile("" : "+r"(v));
-  return v;
+// In its warpgroup. Where code is rehearsed it is read anew each time: held in a register across the
+// products, it or what follows from it would leave them too few.
+template <class C>
+__device__ __forceinline__ int thread_here() {
+  if constexpr (!C::kRehearses) return threadIdx.x % kWarpgroupThreads;
+  int v;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(v));
+  return v % kWarpgroupThreads;
 }
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
-// The producer: one thread fills the ring.
+// The producer: one warp fills the ring. What it does for each k tile takes part of the time until a stage is
+// full again, and is as little as can be.
 template <class C>
 struct GemmProducer {
   GemmSmem<C>& s;
-  const CUtensorMap &x_map, &out_map;
+  const GemmMaps& maps;
   const PackedLinearParams& p;
   const GemmSchedule& schedule;
   const int k_tiles;
   const RingShape& shape;
   const uint64_t read_once = ptx::evict_first_policy(), read_again = ptx::evict_normal_policy();
 
+  // Where the next k tile of a tile is. Only tiles of three quarters have a second part.
+  struct Source {
+    const char* weights[2];
+    uint64_t policy[2];
+    int num_weight_bytes, num_bytes;  // of the first part; of all
+    const CUtensorMap* x_map;
+    int column, token;  // of x
+  };
+
   __device__ __forceinline__ void init_barriers() {
-    ptx::prefetch_tensor_map(&x_map);
-    if (p.out_type != OutType::kFloat) ptx::prefetch_tensor_map(&out_map);
+    ptx::prefetch_tensor_map(&maps.x);
+    if (p.out_type != OutType::kFloat) ptx::prefetch_tensor_map(&maps.out);
     for (int i = 0; i < C::kMaxStages; ++i) {
       ptx::mbarrier_init(&s.full[i], 1);
       ptx::mbarrier_init(&s.empty[i], kConsumerWarps);
@@ -136,54 +145,61 @@ struct GemmProducer {
     ptx::fence_mbarrier_init();
   }
 
-  // Those of rows beyond the weight are read from its last half block, for nothing.
-  __device__ __forceinline__ void load_weights(int stage, const GemmTile& tile, int k) {
-    uint8_t* to = s.ring + stage * shape.stage_bytes;
-    const bool shares_rows = tile.shares_rows();
-    const int num_bytes = shares_rows ? kTileBytes : kBlockTileBytes;
-    const auto load = [&](const GemmTile::Part& part, uint8_t* to, int bytes) {
-      const int half_block = min(part.half_block, 2 * schedule.num_blocks - 1);
-      const int64_t packed_tile = (int64_t(half_block / 2) * k_tiles + k) * 2 + half_block % 2;
-      ptx::bulk_load(
-          to, static_cast<const char*>(p.packed) + packed_tile * kTileBytes, bytes, &s.full[stage],
-          (shares_rows || part.num_halves == 2) && p.num_tokens <= C::kTokens ? read_once : read_again);
-    };
-    ptx::mbarrier_arrive_expect(&s.full[stage], num_bytes + tile.num_halves * C::kHalfBytes);
-    if (schedule.in_three_quarters) {
-      load(tile.part[0], to, kTileBytes);
-      load(tile.part[1], to + kTileBytes, kTileBytes);
-    } else {
-      load(tile.part[0], to, num_bytes);
+  // Rows beyond the weight are read from its last half block, for nothing.
+  __device__ __forceinline__ Source start_tile(int i) const {
+    const GemmTile tile = schedule.tile(i);
+    Source source;
+#pragma unroll
+    for (int part = 0; part < 2; ++part) {
+      const int half_block = min(tile.part[part].half_block, 2 * schedule.num_blocks - 1);
+      const int64_t packed_tile = int64_t(half_block / 2) * k_tiles * 2 + half_block % 2;
+      source.weights[part] = static_cast<const char*>(p.packed) + packed_tile * kTileBytes;
+      const bool once = p.num_tokens <= C::kTokens && (tile.shares_rows() || tile.part[part].num_halves == 2);
+      source.policy[part] = once ? read_once : read_again;
     }
+    source.num_weight_bytes = schedule.in_three_quarters || tile.shares_rows() ? kTileBytes : kBlockTileBytes;
+    source.num_bytes = (tile.shares_rows() ? kTileBytes : kBlockTileBytes) + tile.num_halves * C::kHalfBytes;
+    source.x_map = tile.num_halves == 2 ? &maps.x : &maps.half_x;
+    source.column = 0, source.token = tile.token;
+    return source;
   }
-  __device__ __forceinline__ void load_x(int stage, const GemmTile& tile, int k) {
+
+  __device__ __forceinline__ void load_weights(int stage, Source& from) const {
+    uint8_t* to = s.ring + stage * shape.stage_bytes;
+    ptx::warp::mbarrier_arrive_expect(&s.full[stage], from.num_bytes);
+    ptx::warp::bulk_load(to, from.weights[0], from.num_weight_bytes, &s.full[stage], from.policy[0]);
+    from.weights[0] += kBlockTileBytes;
+    if (!schedule.in_three_quarters) return;
+    ptx::warp::bulk_load(to + kTileBytes, from.weights[1], kTileBytes, &s.full[stage], from.policy[1]);
+    from.weights[1] += kBlockTileBytes;
+  }
+  __device__ __forceinline__ void load_x(int stage, Source& from) const {
     uint8_t* to = s.ring + stage * shape.stage_bytes + shape.weight_bytes;
-    for (int half = 0; half < tile.num_halves; ++half)
-      ptx::tensor_load(to + half * C::kHalfBytes, &x_map,
-                       k * (kTileRowBytes / int(sizeof(typename C::Element))),
-                       tile.token + half * C::kHalfTokens, &s.full[stage]);
+    ptx::warp::tensor_load(to, from.x_map, from.column, from.token, &s.full[stage]);
+    from.column += kTileRowBytes / int(sizeof(typename C::Element));
   }
 
   __device__ __forceinline__ void run() {
     if (int(blockIdx.x) >= schedule.num_tiles) return;
-    GemmTile tile = schedule.tile(blockIdx.x);
+    Source source = start_tile(blockIdx.x);
     const int num_early = min(shape.num_stages, k_tiles);  // weights depend on no other kernel
-    for (int k = 0; k < num_early; ++k) load_weights(k, tile, k);
+    for (int k = 0; k < num_early; ++k) load_weights(k, source);
     let_successor_start();
     wait_for_predecessor();  // x is its result
-    for (int k = 0; k < num_early; ++k) load_x(k, tile, k);
+    for (int k = 0; k < num_early; ++k) load_x(k, source);
     GemmRing ring{shape};
     for (int k = 0; k < num_early; ++k) ring.advance();
     ring.parity ^= 1;  // the first wait is for the first release
     for (int i = blockIdx.x, k = num_early;;) {
+#pragma unroll 1
       for (; k < k_tiles; ++k, ring.advance()) {
         ptx::mbarrier_wait(&s.empty[ring.stage], ring.parity);
-        load_weights(ring.stage, tile, k);
-        load_x(ring.stage, tile, k);
+        load_weights(ring.stage, source);
+        load_x(ring.stage, source);
       }
       i += gridDim.x;
       if (i >= schedule.num_tiles) break;
-      tile = schedule.tile(i), k = 0;
+      source = start_tile(i), k = 0;
     }
   }
 };
@@ -192,15 +208,13 @@ struct GemmProducer {
 template <class C>
 struct Multiplier {
   GemmSmem<C>& s;
-  const int warpgroup, thread;  // in the warpgroup
+  const int warpgroup;
   GemmRing ring;
   int weight_offset = 0, x_offset = 0;  // in a stage: of what it multiplies
   int first_fold = 0;                   // k tiles before it
 
   // The stage may be filled again once all warps have read it.
-  __device__ __forceinline__ void release(int stage) {
-    if (thread % kWarpSize == 0) ptx::mbarrier_arrive(&s.empty[stage]);
-  }
+  __device__ __forceinline__ void release(int stage) { ptx::warp::mbarrier_arrive(&s.empty[stage]); }
 
   // The products of the stage at `ring`, not waited for.
   template <int kHalves>
@@ -235,7 +249,7 @@ struct Multiplier {
     };
     if (num_k_tiles > TileOutput<C>::kPieces) {
 #pragma unroll 1
-      while (output.num_boxes > 0) next([&] { output.store_piece(thread); });
+      while (output.num_boxes > 0) next([&] { output.store_piece(thread_here<C>()); });
     }
     static_assert(C::kFoldTiles / 2 > TileOutput<C>::kPieces);
     const int folds_at = !C::kFolds ? num_k_tiles : first_fold;
@@ -265,7 +279,7 @@ struct GemmConsumer {
 
   GemmSmem<C>& s;
   const PackedLinearParams& p;
-  const int k_tiles, warpgroup, thread;
+  const int k_tiles, warpgroup;
   Multiplier<C> multiplier;
   TileOutput<C> output;
 
@@ -278,7 +292,7 @@ struct GemmConsumer {
     ptx::wait_for_copies<0>();
     ptx::barrier_sync(output.barrier, kWarpgroupThreads);  // the scales are there
     output.template take<kHalves>(r_acc, scales, share.row, rehearses ? p.num_tokens : share.token,
-                                  here(thread));
+                                  thread_here<C>());
   }
 
   // Of tile i; the multiplier is told, too.
@@ -300,7 +314,7 @@ struct GemmConsumer {
       rehearse_and_run(schedule);
     else
       run_at_once(schedule);
-    if (thread == 0) ptx::wait_for_stores();
+    if (thread_here<C>() == 0) ptx::wait_for_stores();
   }
 
  private:
@@ -316,17 +330,17 @@ struct GemmConsumer {
 
   __device__ __forceinline__ void run_at_once(const GemmSchedule& schedule) {
     wait_for_predecessor();
-    if (p.out_scale && thread == 0) s.out_scale[warpgroup] = *p.out_scale;
+    if (p.out_scale && thread_here<C>() == 0) s.out_scale[warpgroup] = *p.out_scale;
     int turn = 0;
 #pragma unroll 1
     for (int i = blockIdx.x; i < schedule.num_tiles; i += gridDim.x, turn ^= 1) {
       const Share share = start_share(schedule, i);
       TileScales<C>& scales = s.scales[warpgroup][turn];
-      scales.start_loading(p, share.row, share.token, here(thread));
-      if (has_few_products()) output.store(thread);
+      scales.start_loading(p, share.row, share.token, thread_here<C>());
+      if (has_few_products()) output.store(thread_here<C>());
       make(share, scales, false);
     }
-    output.store(thread);
+    output.store(thread_here<C>());
   }
 
   __device__ __forceinline__ void rehearse_and_run(const GemmSchedule& schedule) {
@@ -334,15 +348,15 @@ struct GemmConsumer {
 #pragma unroll 1
     for (int i = int(blockIdx.x) - int(gridDim.x);; i += gridDim.x, turn ^= 1) {
       const bool is_done = i >= schedule.num_tiles;
-      if (i < 0 || is_done || has_few_products()) output.store_or_rehearse(thread);
+      if (i < 0 || is_done || has_few_products()) output.store_or_rehearse(thread_here<C>());
       if (is_done) break;
       const Share share = start_share(schedule, max(i, int(blockIdx.x)));
       TileScales<C>& scales = s.scales[warpgroup][turn];
-      if (i >= 0) scales.start_loading(p, share.row, share.token, here(thread));
+      if (i >= 0) scales.start_loading(p, share.row, share.token, thread_here<C>());
       make(share, scales, i < 0);
       if (i < 0) {
         wait_for_predecessor();
-        if (p.out_scale && thread == 0) s.out_scale[warpgroup] = *p.out_scale;
+        if (p.out_scale && thread_here<C>() == 0) s.out_scale[warpgroup] = *p.out_scale;
         ptx::barrier_sync(output.barrier, kWarpgroupThreads);  // the scale is there
       }
     }
@@ -353,32 +367,30 @@ struct GemmConsumer {
 
 template <class C>
 __global__ void __launch_bounds__(kThreads, 1)
-    gemm_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ CUtensorMap out_map,
-                const __grid_constant__ PackedLinearParams p, const __grid_constant__ GemmSchedule schedule,
-                const __grid_constant__ RingShape ring, const int k_tiles) {
+    gemm_kernel(const __grid_constant__ GemmMaps maps, const __grid_constant__ PackedLinearParams p,
+                const __grid_constant__ GemmSchedule schedule, const __grid_constant__ RingShape ring,
+                const int k_tiles) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   extern __shared__ __align__(1024) uint8_t s_bytes[];
   auto& s = *reinterpret_cast<GemmSmem<C>*>(s_bytes);
   const int warp = uniform(threadIdx.x / kWarpSize);
-  const bool is_producer = threadIdx.x == kConsumerWarps * kWarpSize;
-  GemmProducer<C> producer{s, x_map, out_map, p, schedule, k_tiles, ring};
-  if (is_producer) producer.init_barriers();
+  GemmProducer<C> producer{s, maps, p, schedule, k_tiles, ring};
+  if (threadIdx.x == kConsumerWarps * kWarpSize) producer.init_barriers();
   __syncthreads();  // the barriers exist
 
   if (warp < kConsumerWarps) {
     ptx::take_registers<232>();
-    const int warpgroup = warp / (kWarpgroupThreads / kWarpSize), thread = threadIdx.x % kWarpgroupThreads;
+    const int warpgroup = warp / (kWarpgroupThreads / kWarpSize);
     GemmConsumer<C>{s,
                     p,
                     k_tiles,
                     warpgroup,
-                    thread,
-                    {s, warpgroup, thread, {ring}},
-                    {p, out_map, s.staging[warpgroup], s.out_scale[warpgroup], kFirstWarpgroup + warpgroup}}
+                    {s, warpgroup, {ring}},
+                    {p, maps.out, s.staging[warpgroup], s.out_scale[warpgroup], kFirstWarpgroup + warpgroup}}
         .run(schedule);
   } else {
     ptx::leave_registers<40>();
-    if (is_producer) producer.run();
+    if (warp == kConsumerWarps) producer.run();
   }
 #else
   __trap();
@@ -391,19 +403,19 @@ void launch_gemm_of(const PackedLinearParams& p, cudaStream_t stream) {
   constexpr auto kKernel = gemm_kernel<C>;
   NF_CHECK(can_overlap<kKernel>(), "a GPU or a build without sm_90a");
   constexpr int kElementBytes = int(sizeof(typename C::Element));
-  const CUtensorMap x_map = ptx::swizzled_rows_map(p.x, p.num_tokens, int64_t(p.num_cols) * kElementBytes,
-                                                   p.x_stride * kElementBytes, C::kHalfTokens, kElementBytes);
+  const auto x_map = [&p](int tokens) {
+    return ptx::swizzled_rows_map(p.x, p.num_tokens, int64_t(p.num_cols) * kElementBytes,
+                                  p.x_stride * kElementBytes, tokens, kElementBytes);
+  };
+  const GemmMaps maps{x_map(C::kTokens), x_map(C::kHalfTokens), out_map(p)};
   const PackedShape shape = packed_shape(p.num_rows, p.num_cols, kElementBytes);
   const GemmSchedule schedule =
       make_gemm_schedule(int(shape.num_blocks()), p.num_tokens, p.num_sms, C::kTokens);
-  RingShape ring = !schedule.is_narrow() ? C::kRing
-                   : schedule.cuts_rows  ? C::kRingOfHalfRows
-                                         : C::kRingOfHalfTokens;
-  ring.num_stages = std::min(ring.num_stages, schedule.max_stages);
+  const RingShape ring = schedule.is_narrow() ? C::kNarrowRing : C::kRing;
   launch<kKernel>({.ctas = dim3(unsigned(schedule.num_ctas)),
                    .threads = kThreads,
                    .smem_bytes = int(sizeof(GemmSmem<C>))},
-                  stream, x_map, out_map(p), p, schedule, ring, int(shape.k_tiles()));
+                  stream, maps, p, schedule, ring, int(shape.k_tiles()));
 }
 
 template <class Element>

@@ -52,6 +52,32 @@ __device__ __forceinline__ void tensor_load(void* shared, const CUtensorMap* map
       : "memory");
 }
 
+// The same for a whole warp to call, with the same arguments in all lanes; one lane acts. What such a warp
+// computes stays in uniform registers, where the copies want it. Called by one thread, each copy is a loop
+// over lanes, and needs 10 instructions more.
+namespace warp {
+
+__device__ __forceinline__ void bulk_load(void* shared, const void* global, uint32_t bytes, uint64_t* barrier,
+                                          uint64_t policy) {
+  asm volatile(
+      "{\n.reg .pred one;\nelect.sync _|one, 0xffffffff;\n"
+      "@one cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, "
+      "[%3], %4;\n}" ::"r"(smem_address(shared)),
+      "l"(global), "r"(bytes), "r"(smem_address(barrier)), "l"(policy)
+      : "memory");
+}
+__device__ __forceinline__ void tensor_load(void* shared, const CUtensorMap* map, int x, int y,
+                                            uint64_t* barrier) {
+  asm volatile(
+      "{\n.reg .pred one;\nelect.sync _|one, 0xffffffff;\n"
+      "@one cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes "
+      "[%0], [%1, {%3, %4}], [%2];\n}" ::"r"(smem_address(shared)),
+      "l"(map), "r"(smem_address(barrier)), "r"(x), "r"(y)
+      : "memory");
+}
+
+}  // namespace warp
+
 // A box from shared memory to the tensor, or added to it; what lies beyond the tensor is left out. The writes
 // to the box must have been fenced (fence_proxy_async). Such copies complete in groups.
 __device__ __forceinline__ void tensor_store(const CUtensorMap* map, int x, int y, const void* shared) {

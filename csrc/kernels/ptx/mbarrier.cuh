@@ -46,4 +46,23 @@ __device__ __forceinline__ void mbarrier_wait(uint64_t* barrier, uint32_t parity
       : "memory");
 }
 
+// For a whole warp to call, with the same arguments in all lanes, of which one acts.
+namespace warp {
+
+__device__ __forceinline__ void mbarrier_arrive(uint64_t* barrier) {
+  asm volatile(
+      "{\n.reg .pred one;\nelect.sync _|one, 0xffffffff;\n"
+      "@one mbarrier.arrive.shared::cta.b64 _, [%0];\n}" ::"r"(smem_address(barrier))
+      : "memory");
+}
+__device__ __forceinline__ void mbarrier_arrive_expect(uint64_t* barrier, uint32_t bytes) {
+  asm volatile(
+      "{\n.reg .pred one;\nelect.sync _|one, 0xffffffff;\n"
+      "@one mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;\n}" ::"r"(smem_address(barrier)),
+      "r"(bytes)
+      : "memory");
+}
+
+}  // namespace warp
+
 }  // namespace nf::ptx
