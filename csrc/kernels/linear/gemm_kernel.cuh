@@ -2,9 +2,9 @@
 // The linear of many tokens, tensor-core bound: 2 T N K operations. Weight rows are wgmma's M, as in
 // packed_linear_kernel.cuh, and the packed weights are the same.
 //
-// Grid: one CTA per SM, or fewer, which stays for the whole launch (gemm_schedule.h says what each computes).
-// A tile is 128 rows x up to 256 tokens. A producer warp fills the ring, two warpgroups multiply 64 rows x
-// all tokens each.
+// Grid: one CTA per SM, which stays for the whole launch (gemm_schedule.h says what each computes). A tile is
+// 128 rows x up to 256 tokens, or half of that. A producer warp fills the ring, two warpgroups multiply 64
+// rows x all or half of the tokens each.
 //
 // Clusters of two CTAs that load activations for each other were no faster on an H100, at 128 to 2,048
 // tokens.
@@ -33,6 +33,8 @@ struct RingShape {
   constexpr int bytes() const { return num_stages * stage_bytes; }
 };
 
+// As many stages as fit, up to 8. (All linears of a step of 96 to 192 tokens take as long with 5 or 6 of
+// those for whole tiles, more with 3 or 4.)
 constexpr RingShape ring_shape(int weight_bytes, int tokens) {
   constexpr int kMostBytes = 204 * 1024, kMostStages = 8;
   const int stage_bytes = weight_bytes + tokens * kTileRowBytes;
@@ -208,7 +210,6 @@ struct GemmProducer {
 template <class C>
 struct Multiplier {
   GemmSmem<C>& s;
-  const int warpgroup;
   GemmRing ring;
   int weight_offset = 0, x_offset = 0;  // in a stage: of what it multiplies
   int first_fold = 0;                   // k tiles before it
@@ -300,8 +301,8 @@ struct GemmConsumer {
     const GemmTile tile = schedule.tile(i);
     const GemmTile::Part part = warpgroup == 0 ? tile.part[0] : tile.part[1];
     multiplier.weight_offset = tile.shares_rows() ? 0 : warpgroup * kTileBytes;
-    // Warpgroups take turns, so that the tensor cores stay busy. But it depends on the rows alone, as bits
-    // do.
+    // The warpgroups take turns, so that the tensor cores stay busy. A row's turn is the same in any tile,
+    // for its bits not to depend on T.
     multiplier.first_fold = part.half_block % 2 == 0 ? C::kFoldTiles : C::kFoldTiles / 2;
     multiplier.x_offset = multiplier.ring.shape.weight_bytes + uniform(part.first_half) * C::kHalfBytes;
     return {part.half_block * kTileRows, tile.token + part.first_half * C::kHalfTokens, part.num_halves};
@@ -381,12 +382,10 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (warp < kConsumerWarps) {
     ptx::take_registers<232>();
     const int warpgroup = warp / (kWarpgroupThreads / kWarpSize);
-    GemmConsumer<C>{s,
-                    p,
-                    k_tiles,
-                    warpgroup,
-                    {s, warpgroup, {ring}},
-                    {p, maps.out, s.staging[warpgroup], s.out_scale[warpgroup], kFirstWarpgroup + warpgroup}}
+    GemmConsumer<C>{
+        s,           p,
+        k_tiles,     warpgroup,
+        {s, {ring}}, {p, maps.out, s.staging[warpgroup], s.out_scale[warpgroup], kFirstWarpgroup + warpgroup}}
         .run(schedule);
   } else {
     ptx::leave_registers<40>();
