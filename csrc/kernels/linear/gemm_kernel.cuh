@@ -62,7 +62,7 @@ struct GemmConfig {
   // tiles 1.2e-4, 3.4e-4, 8.5e-4, 1.3e-3 on average (root of squares), without any 2.1e-3 at K = 8192
   // and 4.3e-3 at K = 28672. Rounding to bf16: 1.1e-3.
   static constexpr bool kFolds = sizeof(Element) == 1;
-  static constexpr int kFoldTiles = 32;
+  static constexpr int kFoldTiles = 32, kOddFirstFold = 20;  // the latter in every second 64 rows
 };
 
 // With more, a rehearsal (GemmConsumer::run) costs time: of all linears of a step of 2,048 tokens 1.7 % with
@@ -248,11 +248,14 @@ struct Multiplier {
       release(previous);
       ++started;
     };
-    if (num_k_tiles > TileOutput<C>::kPieces) {
+    if (num_k_tiles > 2 * TileOutput<C>::kPieces) {
 #pragma unroll 1
-      while (output.num_boxes > 0) next([&] { output.store_piece(thread_here<C>()); });
+      while (output.num_boxes > 0) {
+        next([&] { output.stage_piece(thread_here<C>()); });
+        next([&] { output.store_staged(thread_here<C>()); });
+      }
     }
-    static_assert(C::kFoldTiles / 2 > TileOutput<C>::kPieces);
+    static_assert(C::kOddFirstFold > 2 * TileOutput<C>::kPieces);
     const int folds_at = !C::kFolds ? num_k_tiles : first_fold;
     if constexpr (C::kFolds) output.clear();
 #pragma unroll 1
@@ -303,7 +306,7 @@ struct GemmConsumer {
     multiplier.weight_offset = tile.shares_rows() ? 0 : warpgroup * kTileBytes;
     // The warpgroups take turns, so that the tensor cores stay busy. A row's turn is the same in any tile,
     // for its bits not to depend on T.
-    multiplier.first_fold = part.half_block % 2 == 0 ? C::kFoldTiles : C::kFoldTiles / 2;
+    multiplier.first_fold = part.half_block % 2 == 0 ? C::kFoldTiles : C::kOddFirstFold;
     multiplier.x_offset = multiplier.ring.shape.weight_bytes + uniform(part.first_half) * C::kHalfBytes;
     return {part.half_block * kTileRows, tile.token + part.first_half * C::kHalfTokens, part.num_halves};
   }
@@ -320,7 +323,7 @@ struct GemmConsumer {
 
  private:
   // Are there too few products of a tile to hide the stores of the one before behind?
-  __device__ __forceinline__ bool has_few_products() const { return k_tiles <= TileOutput<C>::kPieces; }
+  __device__ __forceinline__ bool has_few_products() const { return k_tiles <= 2 * TileOutput<C>::kPieces; }
 
   __device__ __forceinline__ void make(const Share& share, const TileScales<C>& scales, bool rehearses) {
     if (uniform(share.num_halves) == 2)

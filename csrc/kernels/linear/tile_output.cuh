@@ -137,16 +137,18 @@ struct TileOutput {
     }
   }
 
-  // Stores what is first. The rest moves to the front, so that the same code stores it. (Unrolled for every
-  // piece, in each of its places, the GEMM for 256 tokens had 285 KB of machine code, and was slower.)
-  __device__ __forceinline__ void store_piece(int thread) {
-    Staging& to = staging[buffer];
-    if constexpr (C::kStagings == 1)
-      await_buffer(thread);
-    else
-      buffer ^= 1;
-    stage(to, thread);
+  // Stores what is first, in two steps: turns it round in shared memory, and starts the bulk engine. Each
+  // hides behind the products of a k tile, both together would not. The rest moves to the front, so that the
+  // same code stores it. (Unrolled for every piece, in each of its places, the GEMM for 256 tokens had 285 KB
+  // of machine code, and was slower.)
+  __device__ __forceinline__ void stage_piece(int thread) {
+    if constexpr (C::kStagings == 1) await_buffer(thread);
+    stage(staging[buffer], thread);
     ptx::fence_proxy_async();
+  }
+  __device__ __forceinline__ void store_staged(int thread) {
+    const Staging& from = staging[buffer];
+    if constexpr (C::kStagings > 1) buffer ^= 1;
     await_buffer(thread);  // the other one, for the next piece; and all of this one is written
     if (thread == 0) {
       const bool swiglu = p.epilogue == Epilogue::kSwiglu, fp8 = p.out_type == OutType::kFp8;
@@ -154,9 +156,9 @@ struct TileOutput {
 #pragma unroll 1
       for (int i = 0; i < min(kPieceBoxes, num_boxes); ++i) {
         if (p.epilogue == Epilogue::kAdd)
-          ptx::tensor_add(&out_map, column, token + i * kBoxTokens, &to[i * box_bytes]);
+          ptx::tensor_add(&out_map, column, token + i * kBoxTokens, &from[i * box_bytes]);
         else
-          ptx::tensor_store(&out_map, column, token + i * kBoxTokens, &to[i * box_bytes]);
+          ptx::tensor_store(&out_map, column, token + i * kBoxTokens, &from[i * box_bytes]);
       }
       ptx::commit_stores();
     }
@@ -166,12 +168,12 @@ struct TileOutput {
 
   __device__ __forceinline__ void store(int thread) {
 #pragma unroll 1
-    while (num_boxes > 0) store_piece(thread);
+    while (num_boxes > 0) stage_piece(thread), store_staged(thread);
   }
   // The same, but runs through the code also where nothing is left.
   __device__ __forceinline__ void store_or_rehearse(int thread) {
 #pragma unroll 1
-    do store_piece(thread);
+    do stage_piece(thread), store_staged(thread);
     while (num_boxes > 0);
     num_boxes = 0;  // not -2
   }
