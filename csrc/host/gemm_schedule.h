@@ -2,9 +2,9 @@
 // Which CTA multiplies what when there are many tokens.
 //
 // A CTA stays for the whole launch. It works on one tile at a time: a block of the packed weight (128 rows)
-// times 96 to 256 tokens, or half of that, with all of K. The first of its two warpgroups multiplies the
+// times 32 to 256 tokens, or half of that, with all of K. The first of its two warpgroups multiplies the
 // first half of a block, the second the second; or each multiplies the same half block by half of the tokens.
-// So a result's bits do not depend on the number of tokens, nor on the GPU.
+// So a result's bits do not depend on the GPU, nor on the number of tokens, once it is above kMaxFewTokens.
 //
 // Tiles are dealt out in order, i to CTA i % num_ctas. Full tiles come first, in groups of 8 columns of
 // tokens; in a group block by block, and for a block column by column: the CTAs that run at the same time
@@ -24,14 +24,18 @@
 
 #include <cstdint>
 
+#include "host/linear_schedule.h"
+
 namespace nf {
 
-constexpr int kMinTileTokens = 96, kMaxTileTokens = 256, kTileTokensStep = 32;
+constexpr int kMinTileTokens = 96, kMaxTileTokens = 256, kTileTokensStep = 32;  // of more than kMaxFewTokens
 
 // Of a full tile: the fewer tokens are multiplied in vain the better, but the wider a tile the less it reads
 // for each product. What a tile takes beyond its products is put at 24 tokens. A half column of tiles reads
 // all weights anew, which takes as long as a full one if there are few.
 constexpr int gemm_tile_tokens(int num_tokens) {
+  if (num_tokens <= kMaxFewTokens)
+    return (num_tokens + kTileTokensStep - 1) / kTileTokensStep * kTileTokensStep;
   int best = 0;
   int64_t least = INT64_MAX;
   for (int tokens = kMaxTileTokens; tokens >= kMinTileTokens; tokens -= kTileTokensStep) {

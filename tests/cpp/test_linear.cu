@@ -29,7 +29,7 @@ const Case kTiny[] = {{48, 80}, {144, 1536}, {352, 704}, {96, 2176}};
 // A row's bits depend on the others only in whether they are more than kMaxFewTokens.
 const int kTokens[] = {1,   2,   7,   8,   9,   16,  17,  33,  64,  65,   100,
                        128, 129, 170, 200, 256, 257, 300, 384, 385, 1100, 2100};
-const int kTokensOfLarge[] = {1, 9, 64, 100, 256, 600}, kTokensOfTiny[] = {9, 64, 100, 200, 300, 600};
+const int kTokensOfLarge[] = {1, 9, 64, 100, 256, 600}, kTokensOfTiny[] = {9, 17, 64, 100, 200, 300, 600};
 enum Size { kEverything, kSmallCases, kTinyCases } size = kEverything;
 constexpr int kMaxTokens = 2100;
 constexpr int kPadding = 16;  // between rows of the output

@@ -80,17 +80,15 @@ struct StripOutput {
 
   // All that is read from global memory: before the products, whose time hides it. At the end of a kernel
   // nothing would.
-  template <bool kLoadsScalesOfX, bool kLoadsNormWeight>
+  template <bool kLoadsScalesOfX>
   __device__ __forceinline__ void load() {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
 #pragma unroll
       for (int i = 0; i < 2; ++i) weight_scale[h][i] = inside() ? row_scale(p, row() + 8 * h + i) : 1.0f;
-      if (kLoadsNormWeight) {
-        norm_weight[h] = __floats2bfloat162_rn(1.0f, 1.0f);
-        if (inside() && p.out_norm_weight)
-          norm_weight[h] = *reinterpret_cast<const __nv_bfloat162*>(p.out_norm_weight + row() + 8 * h);
-      }
+      norm_weight[h] = __floats2bfloat162_rn(1.0f, 1.0f);
+      if (inside() && p.out_norm_weight)
+        norm_weight[h] = *reinterpret_cast<const __nv_bfloat162*>(p.out_norm_weight + row() + 8 * h);
     }
 #pragma unroll
     for (int i = 0; i < kGroups; ++i) {

@@ -65,7 +65,7 @@ void packed_linear(const PackedLinearParams& p, cudaStream_t stream);
 
 // The two kernels behind it; they trust p.
 template <class Element>
-void packed_linear_of_few(const PackedLinearParams& p, cudaStream_t stream);  // T <= kMaxFewTokens
+void packed_linear_of_few(const PackedLinearParams& p, cudaStream_t stream);  // T <= kMaxSplitTokens
 template <class Element>
 void gemm(const PackedLinearParams& p, cudaStream_t stream);
 

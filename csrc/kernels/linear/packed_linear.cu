@@ -36,7 +36,7 @@ template <class Element>
 void check_and_launch(const PackedLinearParams& p, cudaStream_t stream) {
   check(p, sizeof(Element));
   if (p.num_tokens == 0) return;
-  p.num_tokens <= kMaxFewTokens ? packed_linear_of_few<Element>(p, stream) : gemm<Element>(p, stream);
+  p.num_tokens <= kMaxSplitTokens ? packed_linear_of_few<Element>(p, stream) : gemm<Element>(p, stream);
 }
 
 }  // namespace

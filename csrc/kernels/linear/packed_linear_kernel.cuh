@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// The linear of few tokens, operands swapped: weight rows are wgmma's M, tokens its N. Grid: one CTA per SM
-// (linear_schedule.h says which k tiles each takes); a producer thread streams 16 KB of packed weight and the
-// same k tile of the activations into a ring, two warpgroups multiply 64 rows each. Where x are rows with
-// statistics, a few more warps make its tiles (tile_maker.cuh). Bandwidth bound: reads N * K weight elements
-// once, T * K activations from L2 per block. All linears of a step read 3.06 TB/s on an H100 for up to 8
-// tokens, 3.01 for 32, 2.89 for 64.
+// The linear of up to kMaxSplitTokens tokens, operands swapped: weight rows are wgmma's M, tokens its N.
+// Grid: one CTA per SM (linear_schedule.h says which k tiles each takes); a producer thread streams 16 KB of
+// packed weight and the same k tile of the activations into a ring, two warpgroups multiply 64 rows each.
+// Where x are rows with statistics, a few more warps make its tiles (tile_maker.cuh). Bandwidth bound: reads
+// N * K weight elements once, T * K activations from L2 per block. All linears of a step read 3.07 TB/s on an
+// H100.
 //
 // The weights depend on no kernel, so the ring is filled before wait_for_predecessor(): HBM works while the
 // predecessor ends.
@@ -22,7 +22,6 @@
 #include "kernels/linear/epilogue.cuh"
 #include "kernels/linear/linear.h"
 #include "kernels/linear/tile_maker.cuh"
-#include "kernels/linear/tile_output.cuh"
 #include "kernels/ptx/bulk_copy.cuh"
 #include "kernels/ptx/named_barrier.cuh"
 #include "kernels/ptx/tensor_map.h"
@@ -31,7 +30,7 @@
 namespace nf {
 namespace {
 
-enum LinearBarrier { kStats = kMakers + 1, kFirstWarpgroup };  // kFirstWarpgroup + i is warpgroup i's
+enum LinearBarrier { kStats = kMakers + 1 };
 
 template <class Element_, int kTokens_, bool kMakesX_>
 struct LinearConfig {
@@ -42,42 +41,22 @@ struct LinearConfig {
   static constexpr int kTileElements = kTileRowBytes / int(sizeof(Element));
 
   // wgmma keeps only some 14 bits of an e4m3 sum: it is added to FP32 registers after every k tile.
-  static constexpr bool kPromote = sizeof(Element) == 1, kFolds = false;
-
-  // Do results leave through shared memory (tile_output.cuh)? Of fewer tokens the warps store them, with
-  // statistics if they are wanted.
-  static constexpr bool kStagesOutput = kTokens >= kPieceTokens;
-  static_assert(kStagesOutput || kTokens <= kMaxTokensWithStats);
-  static constexpr int kStagings = 1;
-  // While the predecessor ends, the code behind the products runs once for what lies beyond the last token,
-  // so that it is in the instruction cache. (An H100, zeros: all linears, norms and attention of a step of 64
-  // sequences of 128 tokens take 17.9 ms so, else 18.1; for 32 sequences it costs 0.1 ms.)
-  static constexpr bool kRehearses = kTokens == 64;
-  static_assert(kStagesOutput || !kRehearses);
+  static constexpr bool kPromote = sizeof(Element) == 1;
 
   static constexpr int kStageBytes = kBlockTileBytes + kTokens * kTileRowBytes;
   // Two CTAs share an SM, one of this kernel and one of its successor, which fills its ring meanwhile.
-  static constexpr int kStages = (kTokens == 64 ? 96 : 104) * 1024 / kStageBytes;
-  static constexpr int kCopiedBytes = kMakesX ? kBlockTileBytes : kStageBytes;  // of a stage
+  static constexpr int kStages = 104 * 1024 / kStageBytes;
 
   static constexpr int kConsumerWarps = 2 * kWarpgroupThreads / kWarpSize;
   static constexpr int kMakerWarps = kMakesX ? kStages : 0;
   static constexpr int kThreads = (kConsumerWarps + 1 + kMakerWarps) * kWarpSize;
   // Limits the registers, for both footprints of launch_linear() to fit.
-  static constexpr int kMaxThreads = kMakesX ? 1024 : kTokens == 64 ? 640 : 800;
+  static constexpr int kMaxThreads = kMakesX ? 1024 : 800;
 };
 
-// For TileOutput, of each warpgroup.
+// Sums of a thread, in 64 rows x C::kTokens tokens of a warpgroup.
 template <class C>
-struct OutputStagings {
-  alignas(1024) Staging of[2][C::kStagings];
-};
-template <class C>
-struct OutputScales {
-  TileScales<C> tile[2][2];  // of two blocks: the last one's may still be read
-  Divisor out[2];
-};
-struct Nothing {};
+using Accumulators = float[C::kRegs];
 
 template <class C>
 struct LinearSmem {
@@ -85,12 +64,10 @@ struct LinearSmem {
     alignas(1024) uint8_t weight[2][kTileBytes];          // [warpgroup], 64 swizzled rows
     alignas(1024) uint8_t x[C::kTokens * kTileRowBytes];  // swizzled rows
   } stage[C::kStages];
-  std::conditional_t<C::kStagesOutput, OutputStagings<C>, Nothing> staging;
-  std::conditional_t<C::kStagesOutput, OutputScales<C>, Nothing> scales;
   alignas(8) uint64_t full[C::kStages], empty[C::kStages];
   RowFactors factors[C::kMakesX ? C::kTokens : 1];  // of the rows of x
   // Of the result's block, by warp: two, as one block's may still be read when the next block's are written.
-  float2 stats[2][C::kConsumerWarps][C::kStagesOutput ? 1 : C::kTokens];
+  float2 stats[2][C::kConsumerWarps][C::kTokens];
 };
 
 // Steps through the ring.
@@ -113,12 +90,13 @@ struct Producer {
   const PackedLinearParams& p;
   const UnitRange range;
   const uint64_t policy = ptx::evict_first_policy();
+  const int copied_bytes = kBlockTileBytes + (C::kMakesX ? 0 : p.num_tokens * kTileRowBytes);  // of a stage
 
   __device__ __forceinline__ int num_first() const { return min(C::kStages, range.end - range.begin); }
 
   __device__ __forceinline__ void load_weight(int stage, int unit) {
     const char* tile = static_cast<const char*>(p.packed) + int64_t(unit) * kBlockTileBytes;
-    ptx::mbarrier_arrive_expect(&s.full[stage], C::kCopiedBytes);
+    ptx::mbarrier_arrive_expect(&s.full[stage], copied_bytes);
     ptx::bulk_load(s.stage[stage].weight, tile, kBlockTileBytes, &s.full[stage], policy);
   }
   // What depends on no other kernel.
@@ -267,96 +245,40 @@ __device__ __forceinline__ void store_stats(const float2 (&s_stats)[C::kConsumer
   p.out_stats[int64_t(token) * num_blocks + block] = stats;
 }
 
-// First row of a warpgroup's part of a block.
-__device__ __forceinline__ int warpgroup_row(int block, int warpgroup) {
-  return block * kBlockRows + warpgroup * kTileRows;
-}
-
 template <class C>
-__device__ __forceinline__ void start_loading_scales(LinearSmem<C>& s, const PackedLinearParams& p, int block,
-                                                     int warpgroup, int thread) {
-  s.scales.tile[warpgroup][block % 2].start_loading(p, warpgroup_row(block, warpgroup), 0, thread);
-}
-
-template <class C>
-__device__ __forceinline__ void store_output(LinearSmem<C>& s, const CUtensorMap& out_map,
-                                             const Accumulators<C>& r_acc, const PackedLinearParams& p,
-                                             int block, int token, int warpgroup, int thread) {
-  TileOutput<C> output{p, out_map, s.staging.of[warpgroup], s.scales.out[warpgroup],
-                       kFirstWarpgroup + warpgroup};
-  ptx::wait_for_copies<0>();
-  ptx::barrier_sync(output.barrier, kWarpgroupThreads);  // the scales are there
-  output.template take<2>(r_acc, s.scales.tile[warpgroup][block % 2], warpgroup_row(block, warpgroup), token,
-                          thread);
-  if constexpr (C::kRehearses)
-    output.store_or_rehearse(thread);
-  else
-    output.store(thread);
-}
-
-template <class C>
-__device__ __forceinline__ void consume(LinearSmem<C>& s, const CUtensorMap& out_map,
-                                        const PackedLinearParams& p, UnitRange range, int warp) {
+__device__ __forceinline__ void consume(LinearSmem<C>& s, const PackedLinearParams& p, UnitRange range,
+                                        int warp) {
   const int warpgroup = warp / (kWarpgroupThreads / kWarpSize), thread = threadIdx.x % kWarpgroupThreads;
   const int k_tiles = p.schedule.k_tiles;
   RingPosition<C> ring;
   Accumulators<C> r_acc;
   Divisor out_scale;
-  const auto wait = [&] {
-    wait_for_predecessor();
-    if constexpr (!C::kStagesOutput) {
-      if (p.out_scale) out_scale = *p.out_scale;
-    } else {
-      if (p.out_scale && thread == 0) s.scales.out[warpgroup] = *p.out_scale;
-    }
-  };
-  bool rehearses = C::kRehearses;
-  if (!rehearses) wait();
+  wait_for_predecessor();
+  if (p.out_scale) out_scale = *p.out_scale;
   constexpr bool kMakesScales = C::kMakesX && sizeof(typename C::Element) == 1;  // of the rows of x
-  for (int unit = range.begin, block = unit / k_tiles; unit < range.end;) {
+  for (int unit = range.begin, block = unit / k_tiles; unit < range.end; ++block) {
     StripOutput<C::kRegs> strip(p, block * kBlockRows + warp * kStripRows, thread % kWarpSize);
     const int block_begin = block * k_tiles, block_end = block_begin + k_tiles;
-    if (rehearses) {
-#pragma unroll
-      for (float& r : r_acc) asm volatile("" : "=f"(r));  // anything
-    } else {
-      const int piece_end = min(block_end, range.end);
-      const bool owner = unit == block_begin;
-      if constexpr (C::kStagesOutput)
-        if (owner) start_loading_scales<C>(s, p, block, warpgroup, thread);
-      if constexpr (!C::kStagesOutput)
-        if (owner) strip.template load<!kMakesScales, (C::kTokens <= kMaxTokensWithStats)>();
-      multiply_stage<C>(r_acc, s, ring, warpgroup, false);
-      ring.advance();
+    const int piece_end = min(block_end, range.end);
+    const bool owner = unit == block_begin;
+    if (owner) strip.template load<!kMakesScales>();
+    multiply_stage<C>(r_acc, s, ring, warpgroup, false);
+    ring.advance();
 #pragma unroll 1
-      for (++unit; unit < piece_end; ++unit, ring.advance())
-        multiply_stage<C>(r_acc, s, ring, warpgroup, true);
-      if (!owner) {
-        publish<C>(r_acc, slot_of<C>(p.workspace, blockIdx.x, warpgroup, thread));
-        ++block;
-        continue;
-      }
-      if (piece_end < block_end) collect<C>(r_acc, p, block_end, warpgroup, thread);
+    for (++unit; unit < piece_end; ++unit, ring.advance()) multiply_stage<C>(r_acc, s, ring, warpgroup, true);
+    if (!owner) {
+      publish<C>(r_acc, slot_of<C>(p.workspace, blockIdx.x, warpgroup, thread));
+      continue;
     }
-    if constexpr (C::kStagesOutput) {
-      store_output<C>(s, out_map, r_acc, p, block, rehearses ? p.num_tokens : 0, warpgroup, thread);
-    } else {
-      if constexpr (kMakesScales) {
+    if (piece_end < block_end) collect<C>(r_acc, p, block_end, warpgroup, thread);
+    if constexpr (kMakesScales) {
 #pragma unroll
-        for (int i = 0; i < strip.kGroups; ++i)
-          if (strip.token_of(i) < p.num_tokens)
-            strip.x_scale[i] = s.factors[strip.token_of(i)].fp8_scale.value;
-      }
-      strip.finish(r_acc, out_scale, s.stats[block % 2][warp]);
-      if (p.out_stats) store_stats<C>(s.stats[block % 2], p, block);
+      for (int i = 0; i < strip.kGroups; ++i)
+        if (strip.token_of(i) < p.num_tokens) strip.x_scale[i] = s.factors[strip.token_of(i)].fp8_scale.value;
     }
-    if (rehearses)
-      wait(), rehearses = false;
-    else
-      ++block;
+    strip.finish(r_acc, out_scale, s.stats[block % 2][warp]);
+    if (p.out_stats) store_stats<C>(s.stats[block % 2], p, block);
   }
-  if constexpr (C::kStagesOutput)
-    if (thread == 0) ptx::wait_for_stores();
 }
 
 #endif
@@ -364,7 +286,6 @@ __device__ __forceinline__ void consume(LinearSmem<C>& s, const CUtensorMap& out
 template <class C>
 __global__ void __launch_bounds__(C::kMaxThreads)
     packed_linear_kernel(const __grid_constant__ CUtensorMap x_map,
-                         const __grid_constant__ CUtensorMap out_map,
                          const __grid_constant__ PackedLinearParams p) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   extern __shared__ __align__(1024) uint8_t s_bytes[];
@@ -378,7 +299,7 @@ __global__ void __launch_bounds__(C::kMaxThreads)
   __syncthreads();  // the barriers of the ring exist
 
   if (warp < C::kConsumerWarps) {
-    consume<C>(s, out_map, p, range, warp);
+    consume<C>(s, p, range, warp);
   } else {
     if (is_producer) producer.run();
     if constexpr (C::kMakesX) {
@@ -428,14 +349,14 @@ void launch_linear(const PackedLinearParams& p, cudaStream_t stream) {
   CUtensorMap x_map{};
   if constexpr (!C::kMakesX)
     x_map = ptx::swizzled_rows_map(p.x, p.num_tokens, int64_t(p.num_cols) * kElementBytes,
-                                   p.x_stride * kElementBytes, C::kTokens, kElementBytes);
+                                   p.x_stride * kElementBytes, p.num_tokens, kElementBytes);
   Grid grid{.ctas = dim3(p.schedule.num_slices), .threads = C::kThreads, .smem_bytes = kSmemBytes};
   prepare<kKernel>(kWideSmemBytes);
   if (next_is_wide_in_threads())
     grid.threads = wide_threads<C>();
   else
     grid.smem_bytes = kWideSmemBytes;
-  launch<kKernel>(grid, stream, x_map, C::kStagesOutput ? nf::out_map(p) : CUtensorMap{}, p);
+  launch<kKernel>(grid, stream, x_map, p);
 }
 
 template <class Element>
@@ -444,9 +365,7 @@ void launch_for_few_tokens(const PackedLinearParams& p, cudaStream_t stream) {
     dispatch<8, 16>("tokens", padded_tokens(p.num_tokens),
                     [&](auto tokens) { launch_linear<LinearConfig<Element, tokens, true>>(p, stream); });
   } else {
-    dispatch<16, 32, 64>("tokens", std::max(padded_tokens(p.num_tokens), 16), [&](auto tokens) {
-      launch_linear<LinearConfig<Element, tokens, false>>(p, stream);
-    });
+    launch_linear<LinearConfig<Element, kMaxSplitTokens, false>>(p, stream);
   }
 }
 

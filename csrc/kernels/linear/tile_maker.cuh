@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Activation tiles out of rows with statistics (row_stats.h): a few warps that normalise and quantise what the
-// ring wants next, instead of a kernel of its own between two linears.
+// Activation tiles out of rows with statistics (row_stats.h): a few warps that normalise and quantise what
+// the ring wants next, instead of a kernel of its own between two linears.
 #pragma once
 
 #include "kernels/common/device.cuh"
@@ -120,8 +120,7 @@ struct TileMaker {
         const RowFactors factors = s.factors[first + i];
         if (has_norm)
 #pragma unroll
-          for (int j = 0; j < kPairs; ++j)
-            x[i].pair[j] = normalize(x[i].pair[j], factors.inv_rms, w.pair[j]);
+          for (int j = 0; j < kPairs; ++j) x[i].pair[j] = normalize(x[i].pair[j], factors.inv_rms, w.pair[j]);
         store(tile, first + i, to_element(x[i], factors.fp8_scale));
       }
     }

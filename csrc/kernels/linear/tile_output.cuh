@@ -2,8 +2,8 @@
 // From a warpgroup's finished sums to the output, in two steps: scaled and rounded to bf16, which halves the
 // registers; then turned round through shared memory and stored by the bulk engine, 32 tokens at a time,
 // which may be while the products of the next tile run. (With stores of the warps' own between those products
-// all linears of a step of 2,048 tokens took 166 ms on an H100, so 146: a product seems to wait for them.) The
-// rounding points are those of epilogue.cuh.
+// all linears of a step of 2,048 tokens took 166 ms on an H100, so 146: a product seems to wait for them.)
+// The rounding points are those of epilogue.cuh.
 #pragma once
 
 #include "host/weight_layout.h"
@@ -36,16 +36,18 @@ struct TileScales {
   alignas(8) float token[C::kTokens];
   float row[kTileRows];
 
+  // By a warp.
   __device__ __forceinline__ void start_loading(const PackedLinearParams& p, int first_row, int first_token,
-                                                int thread) {
+                                                int lane) {
 #pragma unroll
-    for (int i = thread; i < C::kTokens; i += kWarpgroupThreads) {
+    for (int i = lane; i < C::kTokens; i += kWarpSize) {
       const int at = p.x_scale_per_token ? min(first_token + i, p.num_tokens - 1) : 0;
       load(token[i], p.x_scale, at);
     }
-    if (thread < kTileRows) {
-      const int packed_row = min(first_row + thread, p.num_rows - 1);
-      load(row[thread], p.weight_scale, row_scale_index(p, packed_row));
+#pragma unroll
+    for (int i = lane; i < kTileRows; i += kWarpSize) {
+      const int packed_row = min(first_row + i, p.num_rows - 1);
+      load(row[i], p.weight_scale, row_scale_index(p, packed_row));
     }
     ptx::commit_copies();
   }
@@ -75,14 +77,14 @@ __device__ __forceinline__ float2 widen_bf16(uint32_t bits) {
 }
 
 // A warpgroup's 64 rows of a tile: what is left to store of its last tile; and, once that is stored, the
-// upper parts of sums of the present one. C has kTokens, kFolds, and kStagings, the buffers of a warpgroup.
+// upper parts of sums of the present one. C has kTokens and kFolds.
 template <class C>
 struct TileOutput {
   static constexpr int kPieces = C::kTokens / kPieceTokens;
 
   const PackedLinearParams& p;
   const CUtensorMap& out_map;
-  Staging (&staging)[C::kStagings];
+  Staging (&staging)[2];
   const Divisor& out_scale;
   const int barrier;       // for this warpgroup alone
   int row = 0, token = 0;  // the first
@@ -121,11 +123,13 @@ struct TileOutput {
       const int lane = thread % kWarpSize, g = lane / 4;
       const int strip = row + thread / kWarpSize * kStripRows;  // all of its rows or none are inside
       if (strip >= p.num_rows) return;
+      const int first = token + lane % 4 * 2;
+      float* to = static_cast<float*>(p.out) + first * p.out_stride + strip + g;
       for_scaled<kHalves>(r_acc, scales, thread, [&](int i, float2 low, float2 high) {
-        const int t = token + i * kGroupTokens + lane % 4 * 2;
-        float* to = static_cast<float*>(p.out) + t * p.out_stride + strip + g;
+        const int t = first + i * kGroupTokens;
         if (t < p.num_tokens) to[0] = low.x, to[8] = high.x;
         if (t + 1 < p.num_tokens) to[p.out_stride] = low.y, to[p.out_stride + 8] = high.y;
+        to += kGroupTokens * p.out_stride;
       });
     } else {
       for_scaled<kHalves>(r_acc, scales, thread, [&](int i, float2 low, float2 high) {
@@ -142,13 +146,12 @@ struct TileOutput {
   // same code stores it. (Unrolled for every piece, in each of its places, the GEMM for 256 tokens had 285 KB
   // of machine code, and was slower.)
   __device__ __forceinline__ void stage_piece(int thread) {
-    if constexpr (C::kStagings == 1) await_buffer(thread);
     stage(staging[buffer], thread);
     ptx::fence_proxy_async();
   }
   __device__ __forceinline__ void store_staged(int thread) {
     const Staging& from = staging[buffer];
-    if constexpr (C::kStagings > 1) buffer ^= 1;
+    buffer ^= 1;
     await_buffer(thread);  // the other one, for the next piece; and all of this one is written
     if (thread == 0) {
       const bool swiglu = p.epilogue == Epilogue::kSwiglu, fp8 = p.out_type == OutType::kFp8;
