@@ -62,7 +62,7 @@ def test_padded_sizes():
     sizes = padded_sizes(300)
     assert sizes[-1] == 300 and sizes == sorted(set(sizes)) and {1, 8, 64, 128, 256} <= set(sizes)
     assert [padded_size(sizes, n) for n in (1, 3, 4, 9, 257, 300)] == [1, 4, 4, 16, 300, 300]
-    assert [padded_size(sizes, n) for n in (57, 65, 97, 195, 225)] == [64, 96, 128, 224, 256]
+    assert [padded_size(sizes, n) for n in (57, 65, 97, 195, 225)] == [64, 80, 112, 208, 240]
 
 
 @pytest.mark.parametrize("kind", KINDS)
