@@ -103,6 +103,7 @@ struct GemmSmem {
   alignas(8) uint64_t full[C::kMaxStages], empty[C::kMaxStages];
   // Of plans[turn]: all but scales, scales and out_scale; it may be written again.
   uint64_t planned[2], scaled[2], used[2];
+  uint64_t rehearsed;  // the scales and out_scale may be written
 };
 
 // Of x in boxes of a tile's tokens, [is half a tile][is the last]; and of the result. The last have no rows
@@ -168,6 +169,7 @@ struct GemmProducer {
       ptx::mbarrier_init(&s.full[i], 1);
       ptx::mbarrier_init(&s.empty[i], kConsumerWarps);
     }
+    ptx::mbarrier_init(&s.rehearsed, kConsumerWarps);
     for (int i = 0; i < 2; ++i) {
       ptx::mbarrier_init(&s.planned[i], 1);
       ptx::mbarrier_init(&s.scaled[i], 1);
@@ -265,6 +267,7 @@ struct TilePlanner {
       __syncwarp();  // the plans are written
       ptx::warp::mbarrier_arrive(&s.planned[turn.index()]);
       if (turn.count == 0) {
+        if constexpr (C::kRehearses) ptx::mbarrier_wait(&s.rehearsed, 0);
         wait_for_predecessor();
         if (p.out_scale && lane == 0) s.out_scale = *p.out_scale;
       }
@@ -447,9 +450,13 @@ struct GemmConsumer {
         multiplier.template multiply<kHalves>(r_acc, k_tiles, output);
       ptx::mbarrier_wait(&s.scaled[turn.index()], turn.parity());
     }
-    output.template take<kHalves>(r_acc, plan().scales, plan().row, rehearses ? p.num_tokens : plan().token,
-                                  thread_here());
-    if (!rehearses) ptx::warp::mbarrier_arrive(&s.used[turn.index()]);
+    output.template take<kHalves>(r_acc, plan().scales, rehearses ? 0 : plan().row,
+                                  rehearses ? p.num_tokens : plan().token, thread_here());
+    __syncwarp();  // all lanes have read the plan
+    if (rehearses)
+      ptx::warp::mbarrier_arrive(&s.rehearsed);
+    else
+      ptx::warp::mbarrier_arrive(&s.used[turn.index()]);
   }
   __device__ __forceinline__ void make(int num_halves, bool rehearses) {
     if (uniform(num_halves) == 2)
