@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The residual stream of one step: what reads it through a norm, and what is added to it.
 
-Two ways, the same bits as long as the linears add in the same order (up to 64 tokens). `Residual` works with any weights
+Two ways, the same bits while the linears add in the same order (up to 64 tokens). `Residual` works with any weights
 and any number of tokens: a sub-block's output is added by its last linear, or by the norm of the next one.
 `RowStatsResidual` is for packed weights and few tokens, where launches cost more than arithmetic: linears add to the
 stream themselves and leave statistics of its rows, by which the next linear normalises and quantises the rows on its
