@@ -57,15 +57,15 @@ struct GemmConfig {
   static constexpr int kMaxStages = std::max(kRing.num_stages, kNarrowRing.num_stages);
   static_assert(kTokens % kTileTokensStep == 0 && kHalfTokens % kBoxTokens == 0);
 
-  // Are sums added in the pieces of linear_schedule.h?
-  static constexpr bool kInPieces = kTokens <= kMaxFewTokens;
+  // Are sums added in the slices of linear_schedule.h?
+  static constexpr bool kInSlices = kTokens <= kMaxFewTokens;
 
   // wgmma keeps only some 14 bits of a sum of e4m3 products. After kFoldTiles k tiles its upper part is moved
   // to other registers (TileOutput::fold), which bounds the error for any K. An emulation of such sums gives
   // these errors, as parts of the root of the sum of the squared products: after every 1, 4, 16, 32
   // tiles 1.2e-4, 3.4e-4, 8.5e-4, 1.3e-3 on average (root of squares), without any 2.1e-3 at K = 8192
   // and 4.3e-3 at K = 28672. Rounding to bf16: 1.1e-3.
-  static constexpr bool kFolds = sizeof(Element) == 1 && !kInPieces;
+  static constexpr bool kFolds = sizeof(Element) == 1 && !kInSlices;
   static constexpr int kFoldTiles = 32, kOddFirstFold = 20;  // the latter in every second 64 rows
 };
 
@@ -86,10 +86,10 @@ struct TilePlan {
   int row, token, num_halves;
   int weight_offset, x_offset;  // in a stage
   int first_fold;               // k tiles before it
-  // Of the block's K (linear_schedule.h): where the first piece ends, and the slice of the next.
-  struct Pieces {
+  // Of linear_schedule.h: where the block's first one ends, and the next.
+  struct Slices {
     int first_end, next;
-  } pieces;
+  } slices;
 };
 
 template <class C>
@@ -290,10 +290,10 @@ struct TilePlanner {
     // The warpgroups take turns, so that the tensor cores stay busy. A row's turn is the same in any tile,
     // for its bits not to depend on T.
     to.first_fold = part.half_block % 2 == 0 ? C::kFoldTiles : C::kOddFirstFold;
-    if constexpr (C::kInPieces) {
+    if constexpr (C::kInSlices) {
       const int first_unit = part.half_block / 2 * p.schedule.k_tiles,
                 next = p.schedule.next_slice(first_unit);
-      to.pieces = {p.schedule.slice_begin(next) - first_unit, next};
+      to.slices = {p.schedule.slice_begin(next) - first_unit, next};
     }
   }
 };
@@ -305,7 +305,7 @@ struct Multiplier {
   GemmRing ring;
   int weight_offset = 0, x_offset = 0;  // in a stage: of what it multiplies
   int first_fold = 0;                   // k tiles before it
-  typename TilePlan<C>::Pieces pieces{};
+  typename TilePlan<C>::Slices slices{};
 
   // The stage may be filled again once all warps have read it.
   __device__ __forceinline__ void release(int stage) { ptx::warp::mbarrier_arrive(&s.empty[stage]); }
@@ -366,17 +366,17 @@ struct Multiplier {
     }
   }
 
-  // r_acc = the sums of all k tiles as packed_linear_kernel.cuh has them, bit for bit: each piece by itself,
+  // r_acc = the sums of all k tiles as packed_linear_kernel.cuh has them, bit for bit: each slice by itself,
   // then all in their order. e4m3 is added to FP32 registers after every k tile, with nothing in flight.
   // (With the next tile's products in flight, in registers of their own, a step of 64 tokens took 0.7 ms
   // more.)
   template <int kHalves>
-  __device__ __forceinline__ void multiply_in_pieces(Accumulators<C>& r_acc, const LinearSchedule& slices,
+  __device__ __forceinline__ void multiply_in_slices(Accumulators<C>& r_acc, const LinearSchedule& schedule,
                                                      TileOutput<C>& output) {
-    const int num_k_tiles = slices.k_tiles;
+    const int num_k_tiles = schedule.k_tiles;
     constexpr bool kPromotes = sizeof(typename C::Element) == 1;
     constexpr int kUsed = kHalves * C::kHalfTokens / 2;
-    float r_piece[kUsed], r_tile[kUsed];
+    float r_slice[kUsed], r_tile[kUsed];
     const auto clear = [](auto& r) {  // what is added to -0 keeps its bits
 #pragma unroll
       for (int i = 0; i < kUsed; ++i) r[i] = -0.0f;
@@ -385,12 +385,12 @@ struct Multiplier {
     bool is_staged = false;
     clear(r_acc);
 #pragma unroll 1
-    for (int k = 0, end = pieces.first_end; k < num_k_tiles; end += slices.size(pieces.next++)) {
+    for (int k = 0, end = slices.first_end; k < num_k_tiles; end += schedule.size(slices.next++)) {
       const int begin = k;
-      if constexpr (kPromotes) clear(r_piece);
+      if constexpr (kPromotes) clear(r_slice);
 #pragma unroll 1
       for (end = min(end, num_k_tiles); k < end; ++k, ring.advance()) {
-        start_products<kHalves>(kPromotes ? r_tile : r_piece, !kPromotes && k > begin);
+        start_products<kHalves>(kPromotes ? r_tile : r_slice, !kPromotes && k > begin);
         if (stores && output.num_boxes > 0) {
           if (is_staged)
             output.store_staged(thread_here());
@@ -399,15 +399,15 @@ struct Multiplier {
           is_staged = !is_staged;
         }
         ptx::wgmma_wait();
-        ptx::wgmma_settled(kPromotes ? r_tile : r_piece);
+        ptx::wgmma_settled(kPromotes ? r_tile : r_slice);
         release(ring.stage);
         if constexpr (kPromotes) {
 #pragma unroll
-          for (int i = 0; i < kUsed; ++i) r_piece[i] += r_tile[i];
+          for (int i = 0; i < kUsed; ++i) r_slice[i] += r_tile[i];
         }
       }
 #pragma unroll
-      for (int i = 0; i < kUsed; ++i) r_acc[i] += r_piece[i];
+      for (int i = 0; i < kUsed; ++i) r_acc[i] += r_slice[i];
     }
   }
 };
@@ -444,8 +444,8 @@ struct GemmConsumer {
     // Else r_acc is whatever it is. (Given values, even by an empty asm statement, ptxas has too few
     // registers and serialises the products.)
     if (!rehearses) {
-      if constexpr (C::kInPieces)
-        multiplier.template multiply_in_pieces<kHalves>(r_acc, p.schedule, output);
+      if constexpr (C::kInSlices)
+        multiplier.template multiply_in_slices<kHalves>(r_acc, p.schedule, output);
       else
         multiplier.template multiply<kHalves>(r_acc, k_tiles, output);
       ptx::mbarrier_wait(&s.scaled[turn.index()], turn.parity());
@@ -470,7 +470,7 @@ struct GemmConsumer {
     multiplier.weight_offset = uniform(plan().weight_offset);
     multiplier.x_offset = uniform(plan().x_offset);
     multiplier.first_fold = plan().first_fold;
-    multiplier.pieces = plan().pieces;
+    multiplier.slices = plan().slices;
   }
 
   __device__ __forceinline__ void run_at_once(const GemmSchedule& schedule) {
