@@ -5,6 +5,7 @@
 #include <array>
 #include <cmath>
 #include <random>
+#include <utility>
 #include <vector>
 
 #include "host/gemm_schedule.h"
@@ -172,6 +173,30 @@ void test_slices_are_equal_and_complete() {
   EXPECT_EQ(nf::make_linear_schedule(16, 16, 1, 132).num_slices, 1);  // one unit
 }
 
+// The GEMM adds the slices of a block one after another, as gemm_kernel.cuh steps through them: they are the
+// pieces that the split linear's CTAs have of it, in the order of K.
+void test_slices_of_a_block() {
+  for (int sms : {1, 2, 108, 132})
+    for (auto [rows, cols] :
+         {std::array{10240, 8192}, {8192, 28672}, {57344, 8192}, {8192, 2816}, {16, 16}, {640, 12288}}) {
+      const LinearSchedule s = nf::make_linear_schedule(rows, cols, 1, sms);
+      for (int first = 0; first < s.num_units; first += s.k_tiles) {
+        std::vector<std::pair<int, int>> pieces, steps;
+        for (int i = 0; i < s.num_slices; ++i) {
+          const int begin = std::max(s.slice(i).begin, first),
+                    end = std::min(s.slice(i).end, first + s.k_tiles);
+          if (begin < end) pieces.push_back({begin - first, end - first});
+        }
+        int next = s.next_slice(first);
+        for (int k = 0, end = s.slice_begin(next) - first; k < s.k_tiles; end += s.size(next++)) {
+          steps.push_back({k, std::min(end, s.k_tiles)});
+          k = steps.back().second;
+        }
+        EXPECT_EQ(steps == pieces, true);
+      }
+    }
+}
+
 void test_workspace_and_tokens() {
   EXPECT_EQ(nf::padded_tokens(1), 8);
   EXPECT_EQ(nf::padded_tokens(9), 16);
@@ -271,6 +296,7 @@ int main() {
     test_fragment_covers_the_tile();
     test_emulated_products();
     test_slices_are_equal_and_complete();
+    test_slices_of_a_block();
     test_workspace_and_tokens();
     test_gemm_tiles();
     test_rejects();
