@@ -173,8 +173,8 @@ void test_slices_are_equal_and_complete() {
   EXPECT_EQ(nf::make_linear_schedule(16, 16, 1, 132).num_slices, 1);  // one unit
 }
 
-// The GEMM adds the slices of a block one after another, as gemm_kernel.cuh steps through them: they are the
-// pieces that the split linear's CTAs have of it, in the order of K.
+// The GEMM adds the slices of a block one after another (gemm_multiplier.cuh): they are the pieces that the
+// split linear's CTAs have of it, in the order of K.
 void test_slices_of_a_block() {
   for (int sms : {1, 2, 108, 132})
     for (auto [rows, cols] :
