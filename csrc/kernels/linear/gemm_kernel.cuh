@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The linear of more than kMaxSplitTokens tokens, from some 300 on tensor-core bound: 2 T N K operations.
-// Weight rows are wgmma's M, as in packed_linear_kernel.cuh, and the packed weights are the same.
+// The linear of more than kMaxSplitTokens tokens; of many tensor-core bound: 2 T N K operations. Weight rows
+// are wgmma's M, as in packed_linear_kernel.cuh, and the packed weights are the same.
 //
 // Grid: one CTA per SM, which stays for the whole launch (gemm_schedule.h says what each computes). A tile is
 // 128 rows x up to 256 tokens, or half of that. A producer warp fills the ring, two warpgroups multiply 64
@@ -48,7 +48,7 @@ struct GemmConsumer {
 
  private:
   // Are there too few products of a tile to hide the stores of the one before behind?
-  __device__ __forceinline__ bool has_few_products() const { return k_tiles <= 2 * TileOutput<C>::kPieces; }
+  __device__ __forceinline__ bool has_few_products() const { return k_tiles <= TileOutput<C>::kStoreSteps; }
 
   __device__ __forceinline__ int warpgroup() const { return output.barrier - kFirstWarpgroup; }
   __device__ __forceinline__ const TilePlan<C>& plan() const { return s.plans[turn.index()][warpgroup()]; }

@@ -54,14 +54,14 @@ struct Multiplier {
       release(previous);
       ++started;
     };
-    if (num_k_tiles > 2 * TileOutput<C>::kPieces) {
+    if (num_k_tiles > TileOutput<C>::kStoreSteps) {
 #pragma unroll 1
       while (output.num_boxes > 0) {
         next([&] { output.stage_piece(thread_here()); });
         next([&] { output.store_staged(thread_here()); });
       }
     }
-    static_assert(C::kOddFirstFold > 2 * TileOutput<C>::kPieces);
+    static_assert(C::kOddFirstFold > TileOutput<C>::kStoreSteps);
     const int folds_at = !C::kFolds ? num_k_tiles : first_fold;
     if constexpr (C::kFolds) output.clear();
 #pragma unroll 1
@@ -94,7 +94,7 @@ struct Multiplier {
 #pragma unroll
       for (int i = 0; i < kUsed; ++i) r[i] = -0.0f;
     };
-    const bool stores = num_k_tiles > 2 * TileOutput<C>::kPieces;
+    const bool stores = num_k_tiles > TileOutput<C>::kStoreSteps;
     bool is_staged = false;
     clear(r_acc);
 #pragma unroll 1

@@ -3,17 +3,15 @@
 // Grid: one CTA per SM (linear_schedule.h says which k tiles each takes); a producer thread streams 16 KB of
 // packed weight and the same k tile of the activations into a ring, two warpgroups multiply 64 rows each.
 // Where x are rows with statistics, a few more warps make its tiles (tile_maker.cuh). Bandwidth bound: reads
-// N * K weight elements once, T * K activations from L2 per block. All linears of a step read 3.07 TB/s on an
-// H100.
+// N * K weight elements once, T * K activations from L2 per block. All linears of a step read 3.04 to 3.06
+// TB/s on an H100 (bench_packed_linear.py).
 //
 // The weights depend on no kernel, so the ring is filled before wait_for_predecessor(): HBM works while the
 // predecessor ends.
 #pragma once
 
-#include <algorithm>
 #include <atomic>
 #include <string>
-#include <type_traits>
 
 #include "kernels/common/check.h"
 #include "kernels/common/device.cuh"

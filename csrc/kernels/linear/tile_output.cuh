@@ -80,7 +80,7 @@ __device__ __forceinline__ float2 widen_bf16(uint32_t bits) {
 // upper parts of sums of the present one. C has kTokens and kFolds.
 template <class C>
 struct TileOutput {
-  static constexpr int kPieces = C::kTokens / kPieceTokens;
+  static constexpr int kStoreSteps = 2 * (C::kTokens / kPieceTokens);  // of a tile, each behind a k tile
 
   const PackedLinearParams& p;
   const CUtensorMap& out_map;
