@@ -67,11 +67,7 @@ struct GemmConsumer {
     }
     output.template take<kHalves>(r_acc, plan().scales, rehearses ? 0 : plan().row,
                                   rehearses ? p.num_tokens : plan().token, thread_here());
-    __syncwarp();  // all lanes have read the plan
-    if (rehearses)
-      ptx::warp::mbarrier_arrive(&s.rehearsed);
-    else
-      ptx::warp::mbarrier_arrive(&s.used[turn.index()]);
+    ptx::mbarrier_arrive(rehearses ? &s.rehearsed : &s.used[turn.index()]);
   }
   __device__ __forceinline__ void make(int num_halves, bool rehearses) {
     if (uniform(num_halves) == 2)
@@ -104,7 +100,7 @@ struct GemmConsumer {
 #pragma unroll 1
     for (turn.count = -1;; ++turn.count) {
       const bool rehearses = turn.count < 0, is_done = turn.tile() >= schedule.num_tiles;
-      if (rehearses || is_done || has_few_products()) output.store_or_rehearse(thread_here());
+      if (turn.count != 0 && (rehearses || is_done || has_few_products())) output.store_or_rehearse(thread_here());
       if (is_done) break;
       if (!rehearses) wait_for_plan(), num_halves = plan().num_halves;
       make(num_halves, rehearses);

@@ -39,11 +39,12 @@ struct GemmProducer {
       ptx::mbarrier_init(&s.full[i], 1);
       ptx::mbarrier_init(&s.empty[i], kConsumerWarps);
     }
-    ptx::mbarrier_init(&s.rehearsed, kConsumerWarps);
+    // Every thread that writes or reads arrives for itself: racecheck does not know that one may for its warp.
+    ptx::mbarrier_init(&s.rehearsed, kConsumerWarps * kWarpSize);
     for (int i = 0; i < 2; ++i) {
-      ptx::mbarrier_init(&s.planned[i], 1);
-      ptx::mbarrier_init(&s.scaled[i], 1);
-      ptx::mbarrier_init(&s.used[i], kConsumerWarps);
+      ptx::mbarrier_init(&s.planned[i], kWarpSize);
+      ptx::mbarrier_init(&s.scaled[i], kWarpSize);
+      ptx::mbarrier_init(&s.used[i], kConsumerWarps * kWarpSize);
     }
     ptx::fence_mbarrier_init();
   }
@@ -126,8 +127,8 @@ struct TilePlanner {
       TilePlan<C>(&plans)[2] = s.plans[turn.index()];
       ptx::mbarrier_wait(&s.used[turn.index()], turn.parity() ^ 1);
       if (lane < 2) plan(plans[lane], schedule.tile(turn.tile()), lane);
-      __syncwarp();  // the plans are written
-      ptx::warp::mbarrier_arrive(&s.planned[turn.index()]);
+      __syncwarp();
+      ptx::mbarrier_arrive(&s.planned[turn.index()]);
       if (turn.count == 0) {
         if constexpr (C::kRehearses) ptx::mbarrier_wait(&s.rehearsed, 0);
         wait_for_predecessor();
@@ -136,8 +137,7 @@ struct TilePlanner {
 #pragma unroll 1
       for (TilePlan<C>& plan : plans) plan.scales.start_loading(p, plan.row, plan.token, lane);
       ptx::wait_for_copies<0>();
-      __syncwarp();  // all lanes' scales are there
-      ptx::warp::mbarrier_arrive(&s.scaled[turn.index()]);
+      ptx::mbarrier_arrive(&s.scaled[turn.index()]);
     }
   }
 
