@@ -133,8 +133,7 @@ def linear(
 def pack_weight(weight: Tensor, *, gate_up: bool = False, out: Tensor | None = None) -> Tensor:
     """out [N/128, K bytes/128, 128, 128 bytes] (rounded up): weight [N, K], e4m3 or bf16, as packed linears read it.
 
-    N and K are multiples of 16. `gate_up`: for packed_swiglu; rows are gate, then up. On a GPU, packed linears read
-    their weight before the kernel ahead of them has finished: synchronise before the first one.
+    N and K are multiples of 16. `gate_up`: for packed_swiglu; rows are gate, then up.
     """
     if out is None:
         out = weight.new_empty(packing.packed_shape(*weight.shape, weight.dtype))

@@ -309,6 +309,7 @@ int main(int argc, char** argv) {
         run({2, 8, 128, fp8, few});
         run({1, 16, 128, fp8, {{1, 130}, {1, 450}}});
         run({1, 4, 64, fp8, {{2, 66}, {5, 330}}});
+        run({8, 1, 64, fp8, std::vector<Sequence>(fp8 ? 13 : 33, {1, 300})});  // many pairs
         continue;
       }
       const std::vector<Sequence> mixed{{1, 1},   {1, 33},   {1, 64},   {1, 129}, {1, 256},
@@ -322,6 +323,9 @@ int main(int argc, char** argv) {
       run({8, 8, 128, fp8, {{1, 8192}, {1, 17}, {1, 1024}}});
       run({2, 8, 128, fp8, {{1, 40000}, {1, 17}, {1, 1024}}});
       run({8, 8, 128, fp8, std::vector<Sequence>(70, {1, 200})});
+      std::vector<Sequence> cut;  // most parts end within a pair of a few leaves
+      for (int s = 0; s < 90; ++s) cut.push_back({1, 300 + s * 371 % 1100});
+      for (int dim : {64, 128}) run({8, 8, dim, fp8, cut});
       std::vector<Sequence> many;  // more than the kernel's threads, twice
       for (int s = 0; s < 300; ++s) many.push_back({1 + s % 7 / 6, 1 + s * 37 % 200 + s % 7 / 6});
       run({1, 8, 64, fp8, many});

@@ -134,6 +134,27 @@ def test_cuda_packs_the_same_bytes(gate_up: bool, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [1, 64, 300])
+def test_cuda_linear_right_behind_pack_weight(tokens: int) -> None:
+    """Linears read their weight before they wait for the kernel ahead: here that is the one that packs it."""
+    inputs = make(8192, 8192, FP8, "cuda")
+    weights = [inputs.weight, torch.randn(8192, 8192, device="cuda").to(FP8)]
+    scale = torch.ones(1, device="cuda")
+
+    def pack_and_run(weight: Tensor, *, waits: bool = False) -> Tensor:
+        packed = ops.pack_weight(weight, out=inputs.packed)
+        if waits:
+            torch.cuda.synchronize()
+        scales = {"x_scale": scale, "weight_scale": scale}
+        return ops.packed_linear(inputs.x[:tokens], packed, 8192, inputs.workspace, out_dtype=torch.float32, **scales)
+
+    wanted = [pack_and_run(weight, waits=True) for weight in weights]
+    found = [pack_and_run(weights[turn % 2]) for turn in range(20)]
+    for turn, out in enumerate(found):
+        compare.assert_bit_equal(out, wanted[turn % 2])
+
+
+@pytest.mark.gpu
 @on_types
 @pytest.mark.parametrize("N, K", EDGES + SUPER_49B)
 def test_cuda_kernel(N: int, K: int, dtype: torch.dtype) -> None:

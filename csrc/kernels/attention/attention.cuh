@@ -7,7 +7,7 @@
 #include <string>
 
 #include "kernels/attention/append.cuh"
-#include "kernels/attention/fold.cuh"
+#include "kernels/attention/pair.cuh"
 #include "kernels/common/check.h"
 #include "kernels/common/dispatch.h"
 #include "kernels/common/launch.h"
@@ -28,6 +28,7 @@ struct Smem {
   alignas(128) uint8_t ring[C::kWarps][C::kSlots][C::kSlotBytes];
   StackSmem<C> stack;
   MeetingSmem<C> meeting;
+  alignas(16) uint8_t fetched[C::kMany ? C::kFetched * sizeof(Partial<C>) : 16];
   TileSums<C::kWarps> tile_sums;
   alignas(16) Tile tiles[1];  // as many as the launch provides for, and one more
 };
@@ -40,159 +41,6 @@ __device__ __forceinline__ int part_of_cta(const LaunchConfig& config) {
   if (!config.two_ctas_per_sm) return last - cta;
   return last - (cta < half ? 2 * cta : 2 * (cta - half) + 1);
 }
-
-// What an owner must know of all CTAs' subtrees: lane i of each warp looks at leaf i.
-struct Plan {
-  int num_leaves;
-  int part;         // whose leaf i is; past the end as for the last
-  int level;        // of the largest aligned subtree around leaf i that one CTA has
-  int index;        // of that subtree among those of its CTA
-  uint32_t starts;  // where such subtrees start
-
-  // Of the pair that has the page before `end`.
-  __device__ __forceinline__ Plan(const Line& line, LeafStart end) {
-    const int lane = threadIdx.x % kWarpSize, W = line.total(), at = end.at - 1;
-    const int tile = at < line.pair_begin(end.tile, 0) ? end.tile - 1 : end.tile;
-    const int pages = line.pages(tile), leaf_size = line.tiles[tile].leaf;
-    num_leaves = ceil_div(pages, leaf_size);
-    const int64_t begin = at - (at - line.pair_begin(tile, 0)) % pages;
-    part = owner_of(begin + int64_t(min(lane, num_leaves - 1)) * leaf_size, W, int(gridDim.x));
-    const uint32_t same = __match_any_sync(kFullWarp, part);  // neighbours
-    level = 0;
-#pragma unroll
-    for (int l = 1; l <= kLevels; ++l) {
-      const int low = lane >> l << l, high = low + (1 << l) - 1;
-      if (high < num_leaves && (same >> low & same >> high & 1)) level = l;
-    }
-    starts = __ballot_sync(kFullWarp, lane < num_leaves && lane >> level << level == lane);
-    index = __popc(starts & same & ((2u << lane) - 1)) - 1;
-  }
-};
-
-// What one CTA does with its leaves of a pair (tile, head).
-template <class C>
-struct Pair {
-  const AttentionParams<typename C::Scalar>& p;
-  const LaunchConfig& config;
-  const Line& line;
-  Stack<C> stack;
-  Partial<C>* own;     // for what the owner itself leaves: its ring, which is free by then
-  int part;            // the CTA's
-  int tile, head;      // the pair's
-  int first_leaf = 0;  // of this CTA
-  int num_left = 0;    // subtrees in memory
-
-  __device__ __forceinline__ void start(const Leaf& leaf, int index) {
-    tile = leaf.tile, head = leaf.head;
-    first_leaf = index;
-    num_left = 0;
-  }
-  __device__ __forceinline__ bool is_owner() const { return first_leaf == 0; }
-
-  // Subtree `index` of those that a CTA leaves.
-  __device__ __forceinline__ Partial<C>* partial(int of_part, int index) const {
-    if (is_owner() && of_part == part) return own + index;
-    return static_cast<Partial<C>*>(p.workspace) + of_part * kPartialsPerCta + index;
-  }
-
-  // Adds a subtree of 2^level leaves to the stack, or if it is the pair's last, all of the stack to it.
-  // Returns whether the left sibling of what was put is not this CTA's: then nothing else is on the stack.
-  __device__ __forceinline__ bool push(State<C>& state, int leaf, int level, bool is_last) {
-    const Push plan = plan_push(leaf, level, first_leaf);
-    stack.merge_left(level, is_last ? kLevels : plan.merged_level, state);
-    if (!is_last) stack.put(plan.merged_level, state);
-    return plan.leaves;
-  }
-
-  // Leaves all that is on the stack, in the order of the leaves.
-  __device__ __forceinline__ void leave() {
-#pragma unroll 1
-    for (int level = kLevels - 1; level >= 0; --level) {
-      if (!(stack.pending >> level & 1)) continue;
-      State<C> state;
-      stack.take(level, state);
-      Parcel<C>(state).store(partial(part, num_left++)->of_thread());
-    }
-  }
-
-  __device__ __forceinline__ void write(const State<C>& state, const Divisor& out_scale) const {
-    using Scalar = typename C::Scalar;
-    const Tile tile = line.tiles[this->tile];
-    const float v_scale = C::kFp8 ? p.v_scale : 1.0f;
-#pragma unroll
-    for (int n = 0; n < C::kTilesN; ++n) {
-      const int row = n * 8 + int(threadIdx.x) / 16, query = config.query_of(row);
-      if (query >= int(tile.queries)) continue;
-      const float scale = state.l[n] > 0.0f ? v_scale / state.l[n] : 0.0f;
-      const int64_t at = (int64_t(tile.token) + query) * p.out_stride +
-                         (head * p.group + row - query * p.group) * C::kHeadDim + threadIdx.x % 16 * 4;
-      uint2 rounded[C::kParts];
-#pragma unroll
-      for (int i = 0; i < C::kParts; ++i) {
-        const float4 o = state.o[n][i];
-        rounded[i] = {round_pair<Scalar>({o.x * scale, o.y * scale}),
-                      round_pair<Scalar>({o.z * scale, o.w * scale})};
-        if (p.out_scale == nullptr)
-          *reinterpret_cast<uint2*>(static_cast<Scalar*>(p.out) + at + i * 64) = rounded[i];
-      }
-      if (p.out_scale == nullptr) continue;
-#pragma unroll
-      for (int i = 0; i < C::kParts; ++i) {
-        const uint32_t low = to_fp8(widen_pair<Scalar>(rounded[i].x), out_scale),
-                       high = to_fp8(widen_pair<Scalar>(rounded[i].y), out_scale);
-        *reinterpret_cast<uint32_t*>(static_cast<char*>(p.out) + at + i * 64) = low | high << 16;
-      }
-    }
-  }
-
-  // This CTA owns the pair, has left its own subtrees and waits for the other CTAs'. They are later parts
-  // and wait for nothing before they leave these; all CTAs of a launch are resident at once, and the next
-  // launch's come after them: so the wait ends. (After a launch that failed half-way the workspace must be
-  // filled anew.)
-  __device__ __forceinline__ void collect(const Plan& plan, State<C>& state) {
-    // A batch's part of the tree is in registers: a subtree lies where its first leaf would, what its other
-    // leaves would fill is not used. All loads of a batch are under way before the first is used. The stack
-    // merges the batches.
-    constexpr int kBatchLevel = C::kTilesN * C::kParts >= 4 ? 2 : 3, kBatch = 1 << kBatchLevel;
-    Partial<C>* const of_lane = partial(plan.part, plan.index);
-#pragma unroll 1
-    for (int first = 0; first < plan.num_leaves; first += kBatch) {
-      const uint32_t present = plan.starts >> first;
-      if (!(present & 1)) continue;  // part of a subtree that began before
-      uint4* from[kBatch];
-#pragma unroll
-      for (int i = 0; i < kBatch; ++i) {
-        const auto base = __shfl_sync(kFullWarp, reinterpret_cast<unsigned long long>(of_lane), first + i);
-        from[i] = reinterpret_cast<Partial<C>*>(base)->of_thread();
-        asm volatile("" : "+l"(from[i]));  // or nvcc keeps `base`, too, and adds in the loop
-      }
-      Parcel<C> parcel[kBatch];
-      bool complete;
-      do {
-#pragma unroll
-        for (int i = 0; i < kBatch; ++i) parcel[i].load(from[i]);
-        complete = true;
-#pragma unroll
-        for (int i = 0; i < kBatch; ++i) complete &= parcel[i].is_complete();
-      } while (!complete);
-      State<C> batch[kBatch];
-#pragma unroll
-      for (int i = 0; i < kBatch; ++i) {
-        parcel[i].open(batch[i]);
-        Parcel<C>::clear(from[i]);
-      }
-#pragma unroll
-      for (int step = 1; step < kBatch; step *= 2) {
-#pragma unroll
-        for (int i = 0; i < kBatch; i += 2 * step)
-          if (present >> (i + step) & 1) merge<C>(batch[i], batch[i + step]);
-      }
-      state = batch[0];
-      const int level = max(kBatchLevel, __shfl_sync(kFullWarp, plan.level, first));
-      push(state, first, level, present >> kBatch == 0);
-    }
-  }
-};
 
 // A warp: its ring, and the leaf that it works on.
 template <class C>
@@ -357,34 +205,49 @@ __device__ __forceinline__ void compute_part(const AttentionParams<typename C::S
     worker.loader.fill(ring + uint32_t(i * C::kSlotBytes), phase);
   }
   // The last pair of the part is the only one that this CTA may own and not have all of.
-  const Plan plan(line, end);
+  const Plan plan(line, end, part);
   wait_for_predecessor();
 
   static_assert(kLevels * sizeof(Partial<C>) <= sizeof(s.ring));
-  Pair<C> pair{p, config, line, {s.stack}, reinterpret_cast<Partial<C>*>(s.ring), part};
-  int index = leaf.first / line.tiles[leaf.tile].leaf;
+  void* const near = C::kMany ? static_cast<void*>(s.fetched) : s.ring;
+  Pair<C> pair{p, config, line, {s.stack}, static_cast<Partial<C>*>(near), part};
+  int index = leaf.first / line.tiles[leaf.tile].leaf, level = 0;
+  uint32_t others = 0;  // where subtrees start that are still to be taken from other CTAs
   bool new_pair = true;
 #pragma unroll 1
-  for (int pages_left = num_pages; pages_left > 0;) {
-    if (new_pair) {
-      pair.start(leaf, index);
-      worker.start_pair(line, leaf);
-    }
+  for (int pages_left = num_pages;;) {
     State<C> state;
-    worker.compute_leaf(s.meeting, line, leaf, state);
-
-    pages_left -= leaf.size();
-    const bool ends_pair = leaf.ends_pair();
-    const bool is_whole = ends_pair && pair.is_owner(), is_last = ends_pair || pages_left == 0;
-    const bool leaves = pair.push(state, index, 0, is_whole);
-    if (!is_whole && (leaves || is_last)) pair.leave();
-    if (is_last && pair.is_owner()) {
-      if (!is_whole) pair.collect(plan, state);
-      pair.write(state, out_scale);
+    bool ends_pair;
+    if (!C::kMany || others == 0) {
+      if (new_pair) {
+        pair.start(leaf, index);
+        worker.start_pair(line, leaf);
+        if constexpr (C::kMany)
+          if (pages_left < num_pages && pages_left < leaf.pages) pair.fetch(plan);
+      }
+      worker.compute_leaf(s.meeting, line, leaf, state);
+      pages_left -= leaf.size();
+      ends_pair = leaf.ends_pair();
+      if (C::kMany && pages_left == 0 && !ends_pair && pair.is_owner()) others = plan.others;
+    } else if constexpr (C::kMany) {
+      index = __ffs(int(others)) - 1, level = __shfl_sync(kFullWarp, plan.level, index);
+      others &= others - 1;
+      pair.take(plan, index, state);
+      ends_pair = others == 0;
+    }
+    const bool owns = pair.is_owner(), is_whole = owns && ends_pair, is_last = ends_pair || pages_left == 0;
+    const bool leaves = pair.push(state, index, level, is_whole);
+    const bool keeps = C::kMany ? owns : is_whole;
+    if (!keeps && (leaves || is_last)) pair.leave();
+    if (!C::kMany && owns && is_last && !is_whole) pair.collect(plan, state);
+    if (C::kMany ? is_whole : owns && is_last) pair.write(state, out_scale);
+    if (pages_left == 0) {
+      if (others == 0) break;
+      continue;
     }
     new_pair = ends_pair;
     index = ends_pair ? 0 : index + 1;
-    if (pages_left > 0) leaf.advance(line);
+    leaf.advance(line);
   }
 }
 
@@ -480,15 +343,18 @@ void attention(const AttentionParams<Scalar>& p, cudaStream_t stream) {
       .score_scale = p.softmax_scale * (p.fp8_cache ? p.k_scale : 1.0f) * 1.44269504f,
       .two_ctas_per_sm = false,
   };
-  const bool long_ring = max_tiles * p.num_kv_heads <= few_pairs(true);
+  const bool many = tiles_n == 1 && max_tiles * p.num_kv_heads > few_pairs(p.fp8_cache);
   dispatch<64, 128>("D", p.head_dim, [&](auto head_dim) {
     dispatch<1, 2>("tiles_n", tiles_n, [&](auto tiles_n) {
-      if (!p.fp8_cache)
-        launch_attention<Config<Scalar, false, head_dim, tiles_n>>(p, config, stream);
-      else if (long_ring || tiles_n == 2)
-        launch_attention<Config<Scalar, true, head_dim, tiles_n>>(p, config, stream);
-      else
-        launch_attention<Config<Scalar, true, head_dim, 1, true>>(p, config, stream);
+      const auto launch = [&]<bool kMany>(std::bool_constant<kMany>) {
+        if (p.fp8_cache)
+          launch_attention<Config<Scalar, true, head_dim, tiles_n, kMany>>(p, config, stream);
+        else
+          launch_attention<Config<Scalar, false, head_dim, tiles_n, kMany>>(p, config, stream);
+      };
+      if constexpr (tiles_n == 1)
+        if (many) return launch(std::true_type{});
+      launch(std::false_type{});
     });
   });
 }

@@ -26,6 +26,7 @@
 #include "kernels/attention/tiles.cuh"
 #include "kernels/common/vec.cuh"
 #include "kernels/ptx/cp_async.cuh"
+#include "kernels/ptx/l2_policy.cuh"
 #include "kernels/ptx/mma.cuh"
 #include "kernels/rope/rotate.cuh"
 
@@ -54,7 +55,7 @@ __device__ __forceinline__ float2 widen_pair(uint32_t word) {
   return PairOf<T>::widen(v);
 }
 
-template <class Scalar_, bool kFp8_, int kHeadDim_, int kTilesN_, bool kShortRing_ = false>
+template <class Scalar_, bool kFp8_, int kHeadDim_, int kTilesN_, bool kMany_ = false>
 struct Config {
   using Scalar = Scalar_;                                      // of q and the result
   using Product = std::conditional_t<kFp8_, __half, Scalar_>;  // of the products' operands
@@ -75,15 +76,20 @@ struct Config {
   static constexpr int kSlotTokens = kSlotBytes / kRowBytes;
   static constexpr int kUnitSlots = kStepTokens / kSlotTokens;  // a unit: K or V of a step
   static constexpr int kPhases = 2 * kUnitSlots;                // slots of a step
-  // The stack takes 20 or 41 KB: so two CTAs fit an SM, or one and the next linear. Two that read e4m3 gain
-  // nothing from a deeper ring, and a short one leaves room for the next linear; in a long one a CTA has all
-  // that it reads of a single short sequence. (An H100, between linears, of 1,024 tokens each: 64 sequences
-  // 61 us with a short ring, 65 with a long one; a single one 8.3 and 6.7 us.)
-  static constexpr int kRingBytes = (kShortRing_ ? 48 : kTilesN == 1 ? 80 : 64) * 1024;
+  // The stack takes 20 or 41 KB: so two CTAs fit an SM, or one and the next linear. In a long ring a CTA has
+  // all that it reads of a single short sequence; with many pairs more in flight is slower. (An H100: a
+  // single sequence of 1,024 tokens in e4m3, between linears, 6.7 us, with 48 KB 8.3 us. A step of 128 of
+  // them 22.07 ms with 48 KB, 22.18 with 64, 22.26 with 80.)
+  static constexpr bool kMany = kMany_;  // pairs, see few_pairs()
+  static constexpr int kRingBytes = (kMany && kFp8 ? 48 : kMany || kTilesN == 2 ? 64 : 80) * 1024;
   static constexpr int kSlots = kRingBytes / kWarps / kSlotBytes;
   static_assert(kSlots >= 2 * kUnitSlots);
 
   static constexpr int kParts = kHeadDim / 64;  // of a thread's share of a row, 4 floats each
+
+  // With many pairs, subtrees of other CTAs that an owner takes out of memory early (Pair::fetch): all there
+  // are, if one CTA has them and the pair has no more than 8 leaves.
+  static constexpr int kFetched = 3;
 };
 
 struct LaunchConfig {
@@ -166,6 +172,7 @@ struct Loader {
   int offset;       // of this lane's first chunk of the warp's share, bytes from the page's beginning
   int num_valid;    // tokens of the share that are cached; the rest may be NaN
   int num_old;      // those that earlier steps have written
+  const uint64_t read_once = ptx::evict_first_policy();
 
   // Called once the slots of the page before are filled, or before the first: page_id takes its time.
   __device__ __forceinline__ void next_page() {
@@ -208,7 +215,7 @@ struct Loader {
         constexpr bool kPermutes = C::kChunks >= 8;
         const uint32_t permuted = place ^ uint32_t(kPermutes ? i * kRows % 8 * 16 : 0);
         ptx::copy_async(to + permuted + uint32_t(i * kRows * C::kRowBytes), from + i * kRows * C::kRowBytes,
-                        first + i * kRows + row < num_valid);
+                        first + i * kRows + row < num_valid, read_once);
       }
     }
     ptx::commit_copies();

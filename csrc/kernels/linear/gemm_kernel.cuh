@@ -100,7 +100,8 @@ struct GemmConsumer {
 #pragma unroll 1
     for (turn.count = -1;; ++turn.count) {
       const bool rehearses = turn.count < 0, is_done = turn.tile() >= schedule.num_tiles;
-      if (turn.count != 0 && (rehearses || is_done || has_few_products())) output.store_or_rehearse(thread_here());
+      if (turn.count != 0 && (rehearses || is_done || has_few_products()))
+        output.store_or_rehearse(thread_here());
       if (is_done) break;
       if (!rehearses) wait_for_plan(), num_halves = plan().num_halves;
       make(num_halves, rehearses);

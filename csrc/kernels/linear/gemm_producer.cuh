@@ -39,7 +39,7 @@ struct GemmProducer {
       ptx::mbarrier_init(&s.full[i], 1);
       ptx::mbarrier_init(&s.empty[i], kConsumerWarps);
     }
-    // Every thread that writes or reads arrives for itself: racecheck does not know that one may for its warp.
+    // All threads that write or read arrive: one for its warp would do, but racecheck does not see that.
     ptx::mbarrier_init(&s.rehearsed, kConsumerWarps * kWarpSize);
     for (int i = 0; i < 2; ++i) {
       ptx::mbarrier_init(&s.planned[i], kWarpSize);

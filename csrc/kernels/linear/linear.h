@@ -38,8 +38,9 @@ enum class Epilogue {
 // weight's type, __nv_fp8_e4m3 or __nv_bfloat16; or it is bf16 with statistics (row_stats.h), T <=
 // kMaxTokensWithStats, and is normalised and quantised on its way. A null scale is 1.
 //
-// `packed` is read before the predecessor in the stream has finished. So packed_linear must not
-// directly follow pack_weight: between them there is a launch without overlap, a copy, or a synchronisation.
+// `packed` is read before the predecessor in the stream has finished; pack_weight may be that one, it lets
+// none start early. Whatever else writes it must not be followed by overlapping launches only: between it and
+// packed_linear there is a launch without overlap, a copy, or the start of a CUDA graph.
 struct PackedLinearParams {
   void* out;                  // [T, N] of out_type, row stride out_stride; multiples of 16 bytes
   const void* x;              // [T, K], row stride x_stride; multiples of 16 bytes

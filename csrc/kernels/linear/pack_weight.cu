@@ -9,6 +9,7 @@
 #include "kernels/common/device.cuh"
 #include "kernels/common/launch.h"
 #include "kernels/linear/linear.h"
+#include "kernels/ptx/mbarrier.cuh"
 
 namespace nf {
 namespace {
@@ -16,8 +17,8 @@ namespace {
 constexpr int kThreads = 256;
 
 __global__ void __launch_bounds__(kThreads) pack_weight_kernel(const PackWeightParams p) {
+  // Linears read packed weights before they wait: none may start before all is written.
   wait_for_predecessor();
-  let_successor_start();
   const int64_t num_chunks = p.shape.packed_bytes() / kChunkBytes;
   const int64_t stride = int64_t(gridDim.x) * kThreads;
   for (int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x; i < num_chunks; i += stride) {
@@ -35,6 +36,10 @@ __global__ void __launch_bounds__(kThreads) pack_weight_kernel(const PackWeightP
     }
     static_cast<uint4*>(p.packed)[i] = chunk;
   }
+  __threadfence();
+#if __CUDA_ARCH__ >= 900
+  ptx::fence_proxy_async_global();
+#endif
 }
 
 }  // namespace

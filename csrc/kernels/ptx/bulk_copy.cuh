@@ -5,21 +5,10 @@
 
 #include <cuda.h>
 
+#include "kernels/ptx/l2_policy.cuh"
 #include "kernels/ptx/mbarrier.cuh"
 
 namespace nf::ptx {
-
-// The L2 policy for data that is read once.
-__device__ __forceinline__ uint64_t evict_first_policy() {
-  uint64_t policy;
-  asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
-  return policy;
-}
-__device__ __forceinline__ uint64_t evict_normal_policy() {
-  uint64_t policy;
-  asm volatile("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(policy));
-  return policy;
-}
 
 // Addresses and `bytes` are multiples of 16.
 __device__ __forceinline__ void bulk_load(void* shared, const void* global, uint32_t bytes, uint64_t* barrier,

@@ -7,9 +7,10 @@
 namespace nf::ptx {
 
 // 16 bytes, or 16 zero bytes where `valid` is false (then nothing is read). Bypasses L1.
-__device__ __forceinline__ void copy_async(uint32_t smem_address, const void* global, bool valid) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(smem_address), "l"(global),
-               "r"(valid ? 16 : 0)
+__device__ __forceinline__ void copy_async(uint32_t smem_address, const void* global, bool valid,
+                                           uint64_t policy) {
+  asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2, %3;" ::"r"(smem_address),
+               "l"(global), "r"(valid ? 16 : 0), "l"(policy)
                : "memory");
 }
 
