@@ -93,7 +93,7 @@ struct Step {
   }
 
   void linear(int64_t& at, int T, int N, int K, const Fp8* from, void* to, nf::OutType type,
-              nf::Epilogue epilogue, bool prefetches = false) const {
+              nf::Epilogue epilogue) const {
     const int64_t bytes = int64_t(N) * K;
     if (at + bytes > kWeightBytes) at = 0;
     nf::packed_linear<Fp8>({.out = to,
@@ -110,7 +110,6 @@ struct Step {
                             .x_stride = K,
                             .x_scale_per_token = false,
                             .weight_scale_per_row = false,
-                            .prefetches = prefetches,
                             .out_type = type,
                             .epilogue = epilogue,
                             .schedule = nf::make_linear_schedule(N, K, 1, num_sms),
@@ -158,8 +157,7 @@ struct Step {
           if (parts.norms) norm(c.T);
           linear(at, c.T, kQkv, kHidden, x, qkv, kBfloat16, nf::Epilogue::kStore);
           if (parts.attention) attend(c, attention_block++);
-          linear(at, c.T, kHidden, kHeads * kHeadDim, attended, rows, kBfloat16, nf::Epilogue::kAdd,
-                 parts.attention);
+          linear(at, c.T, kHidden, kHeads * kHeadDim, attended, rows, kBfloat16, nf::Epilogue::kAdd);
         }
         if (parts.norms) norm(c.T);
         linear(at, c.T, 2 * blocks.width, kHidden, x, h, nf::OutType::kFp8, nf::Epilogue::kSwiglu);

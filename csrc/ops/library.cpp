@@ -27,12 +27,12 @@ STABLE_TORCH_LIBRARY(nemotron_fast, m) {
   m.def("pack_weight(Tensor(a!) out, Tensor weight, bool gate_up) -> ()");
   m.def(
       "packed_linear(Tensor(a!) out, Tensor x, Tensor packed, Tensor? x_scale, Tensor? weight_scale, Tensor? "
-      "x_stats, Tensor? norm_weight, float eps, Tensor(b!) workspace, bool prefetches=False) -> ()");
+      "x_stats, Tensor? norm_weight, float eps, Tensor(b!) workspace) -> ()");
   m.def(
       "packed_linear_add(Tensor(a!) residual, Tensor(b!)? out_stats, Tensor x, Tensor packed, Tensor? "
       "x_scale, "
       "Tensor? weight_scale, Tensor? x_stats, Tensor? norm_weight, float eps, Tensor? next_norm_weight, "
-      "Tensor(c!) workspace, bool prefetches=False) -> ()");
+      "Tensor(c!) workspace) -> ()");
   m.def(
       "packed_swiglu(Tensor(a!) out, Tensor(b!)? out_stats, Tensor x, Tensor packed, Tensor? x_scale, "
       "Tensor? "

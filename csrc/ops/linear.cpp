@@ -159,22 +159,18 @@ void run(const PackedLinearParams& params, const Operands& in) {
 }
 
 void packed_linear(Tensor out, Tensor x, Tensor packed, OptionalTensor x_scale, OptionalTensor weight_scale,
-                   OptionalTensor x_stats, OptionalTensor norm_weight, double eps, Tensor workspace,
-                   bool prefetches) {
+                   OptionalTensor x_stats, OptionalTensor norm_weight, double eps, Tensor workspace) {
   const Operands in{x, packed, x_scale, weight_scale, x_stats, norm_weight, eps, workspace};
-  PackedLinearParams params = make_params(Epilogue::kStore, out, in);
-  params.prefetches = prefetches;
-  run(params, in);
+  run(make_params(Epilogue::kStore, out, in), in);
 }
 
 void packed_linear_add(Tensor residual, OptionalTensor out_stats, Tensor x, Tensor packed,
                        OptionalTensor x_scale, OptionalTensor weight_scale, OptionalTensor x_stats,
                        OptionalTensor norm_weight, double eps, OptionalTensor next_norm_weight,
-                       Tensor workspace, bool prefetches) {
+                       Tensor workspace) {
   const Operands in{x, packed, x_scale, weight_scale, x_stats, norm_weight, eps, workspace};
   PackedLinearParams params = make_params(Epilogue::kAdd, residual, in);
   set_out_stats(params, out_stats, x);
-  params.prefetches = prefetches;
   params.out_norm_weight = check_norm_weight(next_norm_weight, residual.size(1), x, "next_norm_weight");
   run(params, in);
 }

@@ -64,7 +64,6 @@ def _packed_linear(
     norm_weight: Tensor | None,
     eps: float,
     _workspace: Tensor,
-    _prefetches: bool = False,
 ) -> None:
     rows = None if x_stats is None else RowStats(x_stats, norm_weight, eps)
     _write(out, packing.packed_linear(x, packed, out.shape[1], x_scale, weight_scale, rows))
@@ -82,7 +81,6 @@ def _packed_linear_add(
     eps: float,
     next_norm_weight: Tensor | None,
     _workspace: Tensor,
-    _prefetches: bool = False,
 ) -> None:
     rows = None if x_stats is None else RowStats(x_stats, norm_weight, eps)
     stats = packing.packed_linear_add(residual, x, packed, x_scale, weight_scale, rows, next_norm_weight)

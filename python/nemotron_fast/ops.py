@@ -152,17 +152,16 @@ def packed_linear(
     weight_scale: Tensor | None = None,
     x_rows: RowStats | None = None,
     out: Tensor | None = None,
-    prefetches: bool = False,
 ) -> Tensor:
     """out [T, N] bf16 or float32 = x [T, K] @ weight [N, K]^T; x has the weight's type.
 
     x_scale [1] or [T], weight_scale [1] or [N] float32, None is 1. `workspace`: packing.make_workspace, one per stream.
     With `x_rows` (T <= 16), x is bf16 and is normalised and, for an e4m3 weight, quantised on its way, by x_scale [1]
-    or as the norm ops do. `prefetches` (T <= 16): to L2, while attention, say, leaves memory idle.
+    or as the norm ops do.
     """
     if out is None:
         out = torch.empty(x.shape[0], num_rows, dtype=out_dtype, device=x.device)
-    _ops.packed_linear.default(out, x, packed, x_scale, weight_scale, *_row_args(x_rows), workspace, prefetches)
+    _ops.packed_linear.default(out, x, packed, x_scale, weight_scale, *_row_args(x_rows), workspace)
     return out
 
 
@@ -177,11 +176,11 @@ def packed_linear_add(
     x_rows: RowStats | None = None,
     out_stats: Tensor | None = None,
     next_norm_weight: Tensor | None = None,
-    prefetches: bool = False,
 ) -> None:
     """residual [T, N] bf16 += packed_linear(x [T, K]) in place; out_stats [T, N/128, 2] = row_stats of it (T <= 16)."""
-    rows = (*_row_args(x_rows), next_norm_weight)
-    _ops.packed_linear_add.default(residual, out_stats, x, packed, x_scale, weight_scale, *rows, workspace, prefetches)
+    _ops.packed_linear_add.default(
+        residual, out_stats, x, packed, x_scale, weight_scale, *_row_args(x_rows), next_norm_weight, workspace
+    )
 
 
 def packed_swiglu(

@@ -50,16 +50,13 @@ class Residual:
         return self._linear(x, x_scale, linear)
 
     def add(self, x: Tensor, linear: Linear, next_norm: Tensor) -> None:
-        """rows += linear(x), of attention's x; it may be e4m3 by the linear's given scale already."""
-        self._add(x, linear, next_norm, prefetches=True)
-
-    def _add(self, x: Tensor, linear: Linear, next_norm: Tensor, *, prefetches: bool = False) -> None:
+        """rows += linear(x); x may be e4m3 by the linear's given scale already."""
         x, x_scale = quantize(x, linear)
         if isinstance(linear, PackedWeight) and len(x) > MOST_DELTA_TOKENS:
             rows, scales = self.finish(), {"x_scale": x_scale, "weight_scale": linear.weight_scale}
             ops.packed_linear_add(x, linear.packed, rows, self._workspace, **scales)
         else:
-            self.add_delta(self._linear(x, x_scale, linear, prefetches=prefetches), next_norm)
+            self.add_delta(self._linear(x, x_scale, linear), next_norm)
 
     def add_mlp(self, block: MLPWeights, next_norm: Tensor) -> None:
         """rows += the block's gated FFN of rms_norm(rows)."""
@@ -68,7 +65,7 @@ class Residual:
             h = ops.silu_mul(self._linear(x, x_scale, block.gate_up))
         else:
             h = self._packed_swiglu(x, x_scale, block)
-        self._add(h, block.down, next_norm)
+        self.add(h, block.down, next_norm)
 
     def add_delta(self, delta: Tensor, _next_norm: Tensor) -> None:
         """rows += delta [T, E]."""
@@ -94,8 +91,8 @@ class Residual:
             return to_fp8_per_token(*args, norm, self._eps)
         return to_fp8(*args, norm, scale, self._eps), scale
 
-    def _linear(self, x: Tensor, x_scale: Tensor | None, linear: Linear, *, prefetches: bool = False) -> Tensor:
-        return run_linear(x, x_scale, linear, self._workspace, self._rows.dtype, prefetches=prefetches)
+    def _linear(self, x: Tensor, x_scale: Tensor | None, linear: Linear) -> Tensor:
+        return run_linear(x, x_scale, linear, self._workspace, self._rows.dtype)
 
     def _packed_swiglu(self, x: Tensor, x_scale: Tensor | None, block: MLPWeights) -> Tensor:
         gate_up = block.gate_up
@@ -118,7 +115,7 @@ class RowStatsResidual:
 
     def add(self, x: Tensor, linear: PackedWeight, next_norm: Tensor) -> None:
         needs_scale = linear.weight_scale is not None and linear.input_scale is None
-        self._add(x, RowStats(ops.row_stats(x)) if needs_scale else None, linear, next_norm, prefetches=True)
+        self._add(x, RowStats(ops.row_stats(x)) if needs_scale else None, linear, next_norm)
 
     def add_mlp(self, block: MLPWeights, next_norm: Tensor) -> None:
         gate_up, down = block.gate_up, block.down
@@ -138,12 +135,10 @@ class RowStatsResidual:
     def finish(self) -> Tensor:
         return self._rows
 
-    def _add(
-        self, x: Tensor, rows: RowStats | None, linear: PackedWeight, next_norm: Tensor, *, prefetches: bool = False
-    ) -> None:
+    def _add(self, x: Tensor, rows: RowStats | None, linear: PackedWeight, next_norm: Tensor) -> None:
         x, args = self._operand(x, rows, linear)
         stats = torch.empty_like(self._stats)
-        args |= {"out_stats": stats, "next_norm_weight": next_norm, "prefetches": prefetches}
+        args |= {"out_stats": stats, "next_norm_weight": next_norm}
         ops.packed_linear_add(x, linear.packed, self._rows, self._workspace, **args)
         self._stats = stats
 
@@ -154,20 +149,12 @@ class RowStatsResidual:
         return x, {"weight_scale": linear.weight_scale, "x_scale": linear.input_scale, "x_rows": rows}
 
 
-def run_linear(
-    x: Tensor,
-    x_scale: Tensor | None,
-    linear: Linear,
-    workspace: Tensor,
-    out_dtype: torch.dtype,
-    *,
-    prefetches: bool = False,
-) -> Tensor:
-    """x @ W^T, for an x in the weight's type. `prefetches`: as packed_linear, if it is one."""
-    args = {"x_scale": x_scale, "weight_scale": linear.weight_scale, "out_dtype": out_dtype}
+def run_linear(x: Tensor, x_scale: Tensor | None, linear: Linear, workspace: Tensor, out_dtype: torch.dtype) -> Tensor:
+    """x @ W^T, for an x in the weight's type."""
+    scales = {"x_scale": x_scale, "weight_scale": linear.weight_scale}
     if isinstance(linear, LinearWeight):
-        return ops.linear(x, linear.weight, **args)
-    return ops.packed_linear(x, linear.packed, linear.num_rows, workspace, prefetches=prefetches, **args)
+        return ops.linear(x, linear.weight, out_dtype=out_dtype, **scales)
+    return ops.packed_linear(x, linear.packed, linear.num_rows, workspace, out_dtype=out_dtype, **scales)
 
 
 def quantize(x: Tensor, linear: Linear) -> tuple[Tensor, Tensor | None]:

@@ -156,18 +156,6 @@ def test_cuda_linear_right_behind_pack_weight(tokens: int) -> None:
 
 @pytest.mark.gpu
 @on_types
-def test_cuda_prefetch_changes_no_bit(dtype: torch.dtype) -> None:
-    """Also where a CTA has fewer k tiles than it would prefetch, or none."""
-    for N, K in [(16, 16), (352, 704), (2048, 4096), (8192, 8192)]:
-        inputs = make(N, K, dtype, "cuda")
-        for tokens in (1, 16, 64):
-            args = {"x_scale": inputs.x_scale[:tokens], "weight_scale": inputs.weight_scale, "out_dtype": torch.float32}
-            found = ops.packed_linear(inputs.x[:tokens], inputs.packed, N, inputs.workspace, prefetches=True, **args)
-            compare.assert_bit_equal(found, inputs.run(tokens))
-
-
-@pytest.mark.gpu
-@on_types
 @pytest.mark.parametrize("N, K", EDGES + SUPER_49B)
 def test_cuda_kernel(N: int, K: int, dtype: torch.dtype) -> None:
     """Within its error; the same bits twice, and for a row alone or among others of the same kernel."""

@@ -59,8 +59,6 @@ struct PackedLinearParams {
   int64_t out_stride;  // elements between rows
   int64_t x_stride;
   bool x_scale_per_token, weight_scale_per_row;
-  bool prefetches;  // up to kMaxSplitTokens: brings more of the weight to L2 than the ring holds while the
-                    // predecessor runs. Pays if that one leaves memory idle, as attention does
   OutType out_type;
   Epilogue epilogue;
   LinearSchedule schedule;  // make_linear_schedule of N, K, the element size and the GPU: up to kMaxFewTokens

@@ -78,10 +78,6 @@ struct RingPosition {
   }
 };
 
-// Of each CTA behind the ring, with p.prefetches: with the ring about as much as is read while attention of a
-// few sequences runs.
-constexpr int kPrefetchedTiles = 8;
-
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
 // The producer: one thread fills the ring with the k tiles of `range`.
@@ -96,12 +92,10 @@ struct Producer {
 
   __device__ __forceinline__ int num_first() const { return min(C::kStages, range.end - range.begin); }
 
-  __device__ __forceinline__ const char* tile(int unit) const {
-    return static_cast<const char*>(p.packed) + int64_t(unit) * kBlockTileBytes;
-  }
   __device__ __forceinline__ void load_weight(int stage, int unit) {
+    const char* tile = static_cast<const char*>(p.packed) + int64_t(unit) * kBlockTileBytes;
     ptx::mbarrier_arrive_expect(&s.full[stage], copied_bytes);
-    ptx::bulk_load(s.stage[stage].weight, tile(unit), kBlockTileBytes, &s.full[stage], policy);
+    ptx::bulk_load(s.stage[stage].weight, tile, kBlockTileBytes, &s.full[stage], policy);
   }
   // What depends on no other kernel.
   __device__ __forceinline__ void fill_ring() {
@@ -119,10 +113,6 @@ struct Producer {
     // step: 11.5 ms; 12.8 ms with the request for the last tile instead. Asking for the successor's next
     // tiles in L2 here made it slower.)
     let_successor_start();
-    if (p.prefetches) {
-      const int begin = range.begin + num_first(), end = min(begin + kPrefetchedTiles, range.end);
-      ptx::bulk_prefetch(tile(begin), uint32_t(end - begin) * kBlockTileBytes);
-    }
     if constexpr (!C::kMakesX) wait_for_predecessor();  // x is its result
     const int k_tiles = p.schedule.k_tiles;
     int k_tile = range.begin % k_tiles;

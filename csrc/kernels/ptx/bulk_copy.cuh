@@ -21,12 +21,6 @@ __device__ __forceinline__ void bulk_load(void* shared, const void* global, uint
       : "memory");
 }
 
-// To L2 only. No bytes, no copy.
-__device__ __forceinline__ void bulk_prefetch(const void* global, uint32_t bytes) {
-  if (bytes == 0) return;
-  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(global), "r"(bytes) : "memory");
-}
-
 // One box of a 2-D tensor map; x is the coordinate along the contiguous dimension, in elements.
 __device__ __forceinline__ void tensor_load(void* shared, const CUtensorMap* map, int x, int y,
                                             uint64_t* barrier) {
