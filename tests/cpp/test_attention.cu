@@ -326,6 +326,9 @@ int main(int argc, char** argv) {
       std::vector<Sequence> cut;  // most parts end within a pair of a few leaves
       for (int s = 0; s < 90; ++s) cut.push_back({1, 300 + s * 371 % 1100});
       for (int dim : {64, 128}) run({8, 8, dim, fp8, cut});
+      std::vector<Sequence> uneven(15, {1, 500});  // many CTAs share a pair of a batch of many pairs
+      uneven.push_back({1, 40000});
+      run({8, 8, 128, fp8, uneven});
       std::vector<Sequence> many;  // more than the kernel's threads, twice
       for (int s = 0; s < 300; ++s) many.push_back({1 + s % 7 / 6, 1 + s * 37 % 200 + s % 7 / 6});
       run({1, 8, 64, fp8, many});

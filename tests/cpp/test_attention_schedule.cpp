@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // The split of decode attention, emulated: every CTA walks its part of the line of pages, merges and leaves
-// subtrees as the kernel does, and the owner of a shared pair merges what it finds. A leaf's value is a hash
-// of the pages in it and merging hashes two values, so that equal results mean equal trees: the same with 1
-// and with 528 CTAs, alone and in a batch.
+// subtrees as the kernel does, and the owner of a shared pair merges what it finds, in both of its ways. A
+// leaf's value is a hash of the pages in it and merging hashes two values, so that equal results mean equal
+// trees: the same with 1 and with 528 CTAs, alone and in a batch.
 #include <algorithm>
 #include <functional>
 #include <map>
@@ -24,7 +24,7 @@ struct Emulation {
   std::vector<int> pages;  // of each tile
   int num_kv_heads;
   int num_ctas;
-  int batch_level;  // of merging partials: 2^batch_level leaves at a time
+  int batch_level;  // of merging partials: 2^batch_level leaves at a time; 0: one by one, as with many pairs
 
   struct Stack {
     Hash value[kLevels];
@@ -41,12 +41,15 @@ struct Emulation {
       pending &= ~(1u << level);
       return value[level];
     }
-    Hash merge_all(Hash v) {
-      for (int l = 0; l < kLevels; ++l)
+    // v, a subtree of 2^level leaves, is the pair's last.
+    Hash merge_all(int level, Hash v) {
+      for (int l = level; l < kLevels; ++l)
         if (pending >> l & 1) v = merge(take(l), v);
+      EXPECT_EQ(pending, 0u);
       return v;
     }
   };
+  Stack kept;  // by the owner of a shared pair, if it takes the others' subtrees one by one
   // (CTA, index): in memory, of a CTA's first pair; and in an owner's ring, of its last.
   std::map<std::pair<int, int>, Hash> partials, own;
   std::vector<Hash> results;        // of each pair
@@ -76,10 +79,12 @@ struct Emulation {
         if (const auto result = run_pair(int(tile), begin, W, leaf_size, num_leaves)) {
           results.push_back(*result);
         } else {
-          collections.push_back([=, this, pair = results.size()] {
+          collections.push_back([=, this, pair = results.size(), stack = kept] {
+            const auto cta_of = [&](int leaf) {
+              return owner_of(begin + int64_t(leaf) * leaf_size, W, num_ctas);
+            };
             results[pair] =
-                collect([&](int leaf) { return owner_of(begin + int64_t(leaf) * leaf_size, W, num_ctas); },
-                        num_leaves);
+                batch_level == 0 ? take_all(stack, cta_of, num_leaves) : collect(cta_of, num_leaves);
           });
           results.push_back(0);
         }
@@ -107,41 +112,71 @@ struct Emulation {
         Hash value = value_of(leaf);
         const Push plan = plan_push(leaf, 0, first);
         for (int l = 0; l < plan.merged_level; ++l) value = merge(stack.take(l), value);
-        if (leaf + 1 == num_leaves && first == 0) return stack.merge_all(value);
+        if (leaf + 1 == num_leaves && first == 0) return stack.merge_all(0, value);
         if (plan.leaves) EXPECT_EQ(stack.pending, 0u);
         stack.put(plan.merged_level, value);
         if (plan.leaves) leave(&stack, cta, first == 0, &num_left);
       }
-      leave(&stack, cta, first == 0, &num_left);
+      if (first == 0 && batch_level == 0)
+        kept = stack;
+      else
+        leave(&stack, cta, first == 0, &num_left);
       first = last + 1;
     }
     return std::nullopt;
   }
 
-  // The owner, as Pair::collect: what a lane of the warp finds out about its leaf, then a batch's part of the
-  // tree, then the stack.
+  // What a lane of the owner's warp finds out about its leaf (Plan).
+  template <class F>
+  int level_of(F&& cta_of, int num_leaves, int leaf) const {
+    int level = 0;
+    for (int l = 1; l <= kLevels; ++l) {
+      const int low = leaf >> l << l, high = low + (1 << l) - 1;
+      if (high < num_leaves && cta_of(low) == cta_of(high)) level = l;
+    }
+    return level;
+  }
+  template <class F>
+  bool is_start(F&& cta_of, int num_leaves, int leaf) const {
+    const int level = level_of(cta_of, num_leaves, leaf);
+    return leaf >> level << level == leaf;
+  }
+  template <class F>
+  Hash subtree_of(F&& cta_of, int num_leaves, int leaf) {
+    int first = leaf, ordinal = 0;
+    while (first > 0 && cta_of(first - 1) == cta_of(leaf)) ordinal += is_start(cta_of, num_leaves, --first);
+    auto& from = cta_of(leaf) == cta_of(0) ? own : partials;
+    const auto found = from.find({cta_of(leaf), ordinal});
+    EXPECT_EQ(found != from.end(), true);
+    const Hash value = found->second;
+    from.erase(found);
+    return value;
+  }
+
+  // The owner, as Pair::take: the others' subtrees come onto its stack.
+  template <class F>
+  Hash take_all(Stack stack, F&& cta_of, int num_leaves) {
+    std::vector<int> others;
+    for (int leaf = 0; leaf < num_leaves; ++leaf)
+      if (cta_of(leaf) != cta_of(0) && is_start(cta_of, num_leaves, leaf)) others.push_back(leaf);
+    for (const int leaf : others) {
+      Hash value = subtree_of(cta_of, num_leaves, leaf);
+      const int level = level_of(cta_of, num_leaves, leaf);
+      if (leaf == others.back()) return stack.merge_all(level, value);
+      const Push plan = plan_push(leaf, level, 0);
+      for (int l = level; l < plan.merged_level; ++l) value = merge(stack.take(l), value);
+      stack.put(plan.merged_level, value);
+    }
+    throw std::runtime_error("no other CTA has leaves of the pair");
+  }
+
+  // The owner, as Pair::collect: a batch's part of the tree, then the stack.
   template <class F>
   Hash collect(F&& cta_of, int num_leaves) {
     Stack stack;
-    const auto level_of = [&](int leaf) {
-      int level = 0;
-      for (int l = 1; l <= kLevels; ++l) {
-        const int low = leaf >> l << l, high = low + (1 << l) - 1;
-        if (high < num_leaves && cta_of(low) == cta_of(high)) level = l;
-      }
-      return level;
-    };
-    const auto is_start = [&](int leaf) { return leaf >> level_of(leaf) << level_of(leaf) == leaf; };
-    const auto subtree_of = [&](int leaf) {
-      int first = leaf, ordinal = 0;
-      while (first > 0 && cta_of(first - 1) == cta_of(leaf)) ordinal += is_start(--first);
-      auto& from = cta_of(leaf) == cta_of(0) ? own : partials;
-      const auto found = from.find({cta_of(leaf), ordinal});
-      EXPECT_EQ(found != from.end(), true);
-      const Hash value = found->second;
-      from.erase(found);
-      return value;
-    };
+    const auto level_of = [&](int leaf) { return this->level_of(cta_of, num_leaves, leaf); };
+    const auto is_start = [&](int leaf) { return this->is_start(cta_of, num_leaves, leaf); };
+    const auto subtree_of = [&](int leaf) { return this->subtree_of(cta_of, num_leaves, leaf); };
     const auto any_start_from = [&](int leaf) {
       while (leaf < num_leaves && !is_start(leaf)) ++leaf;
       return leaf < num_leaves;
@@ -161,15 +196,15 @@ struct Emulation {
       const int level = std::max(batch_level, level_of(first));
       const Push plan = plan_push(first, level, 0);
       for (int l = level; l < plan.merged_level; ++l) value[0] = merge(stack.take(l), value[0]);
-      if (!any_start_from(first + batch)) return stack.merge_all(value[0]);
+      if (!any_start_from(first + batch)) return stack.merge_all(level, value[0]);
       stack.put(plan.merged_level, value[0]);
     }
     throw std::runtime_error("the walk over the subtrees has no end");
   }
 };
 
-std::vector<Hash> results_of(const std::vector<int>& pages, int num_kv_heads, int num_ctas) {
-  Emulation e{pages, num_kv_heads, num_ctas, num_ctas % 2 + 2, {}, {}, {}, {}};
+std::vector<Hash> results_of(const std::vector<int>& pages, int num_kv_heads, int num_ctas, int batch_level) {
+  Emulation e{pages, num_kv_heads, num_ctas, batch_level, {}, {}, {}, {}, {}};
   e.run();
   EXPECT_EQ(e.partials.size() + e.own.size(), 0u);  // what was left was read
   int64_t W = 0, longest = 0;
@@ -203,11 +238,12 @@ void check_random_batches() {
     const int num_kv_heads = 1 << draw(0, 3), num_tiles = draw(1, 12);
     std::vector<int> pages(num_tiles);
     for (int& n : pages) n = draw(0, 3) == 0 ? draw(1, 2048) : draw(1, 70);
-    const std::vector<Hash> want = results_of(pages, num_kv_heads, 1);
+    const std::vector<Hash> want = results_of(pages, num_kv_heads, 1, 0);
     for (int num_ctas : {2, 7, 132, 216, 264, draw(1, 528)})
-      EXPECT_EQ(results_of(pages, num_kv_heads, num_ctas) == want, true);
+      for (int batch_level : {0, 2, 3})
+        EXPECT_EQ(results_of(pages, num_kv_heads, num_ctas, batch_level) == want, true);
     // The first tile alone, on a whole GPU.
-    const std::vector<Hash> alone = results_of({pages[0]}, num_kv_heads, 264);
+    const std::vector<Hash> alone = results_of({pages[0]}, num_kv_heads, 264, 3);
     EXPECT_EQ(std::equal(alone.begin(), alone.end(), want.begin()), true);
   }
 }

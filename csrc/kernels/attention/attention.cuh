@@ -35,7 +35,7 @@ struct Smem {
 
 // Consecutive parts go to different SMs: the first half of a grid of two CTAs an SM fills all SMs, so it
 // takes the even parts. With few leaves only every second or so of the parts has one. Owners wait for later
-// parts: these have lower indices, which start earlier.
+// parts: of one CTA an SM these have lower indices, which start earlier; of two, all are resident at once.
 __device__ __forceinline__ int part_of_cta(const LaunchConfig& config) {
   const int last = int(gridDim.x) - 1, half = int(gridDim.x) / 2, cta = int(blockIdx.x);
   if (!config.two_ctas_per_sm) return last - cta;
@@ -212,7 +212,9 @@ __device__ __forceinline__ void compute_part(const AttentionParams<typename C::S
   void* const near = C::kMany ? static_cast<void*>(s.fetched) : s.ring;
   Pair<C> pair{p, config, line, {s.stack}, static_cast<Partial<C>*>(near), part};
   int index = leaf.first / line.tiles[leaf.tile].leaf, level = 0;
-  uint32_t others = 0;  // where subtrees start that are still to be taken from other CTAs
+  // kMany: where subtrees start that are still to be taken from other CTAs. They come through this loop: its
+  // code is in the instruction cache by then. collect(), which brings more of them at once, would not be.
+  uint32_t others = 0;
   bool new_pair = true;
 #pragma unroll 1
   for (int pages_left = num_pages;;) {
@@ -235,12 +237,12 @@ __device__ __forceinline__ void compute_part(const AttentionParams<typename C::S
       pair.take(plan, index, state);
       ends_pair = others == 0;
     }
-    const bool owns = pair.is_owner(), is_whole = owns && ends_pair, is_last = ends_pair || pages_left == 0;
-    const bool leaves = pair.push(state, index, level, is_whole);
-    const bool keeps = C::kMany ? owns : is_whole;
+    const bool owns = pair.is_owner(), completes = owns && ends_pair, is_last = ends_pair || pages_left == 0;
+    const bool leaves = pair.push(state, index, level, completes);
+    const bool keeps = C::kMany ? owns : completes;
     if (!keeps && (leaves || is_last)) pair.leave();
-    if (!C::kMany && owns && is_last && !is_whole) pair.collect(plan, state);
-    if (C::kMany ? is_whole : owns && is_last) pair.write(state, out_scale);
+    if (!C::kMany && owns && is_last && !completes) pair.collect(plan, state);
+    if (C::kMany ? completes : owns && is_last) pair.write(state, out_scale);
     if (pages_left == 0) {
       if (others == 0) break;
       continue;

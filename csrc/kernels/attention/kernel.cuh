@@ -76,19 +76,19 @@ struct Config {
   static constexpr int kSlotTokens = kSlotBytes / kRowBytes;
   static constexpr int kUnitSlots = kStepTokens / kSlotTokens;  // a unit: K or V of a step
   static constexpr int kPhases = 2 * kUnitSlots;                // slots of a step
-  // The stack takes 20 or 41 KB: so two CTAs fit an SM, or one and the next linear. In a long ring a CTA has
-  // all that it reads of a single short sequence; with many pairs more in flight is slower. (An H100: a
-  // single sequence of 1,024 tokens in e4m3, between linears, 6.7 us, with 48 KB 8.3 us. A step of 128 of
-  // them 22.07 ms with 48 KB, 22.18 with 64, 22.26 with 80.)
-  static constexpr bool kMany = kMany_;  // pairs, see few_pairs()
+  // The stack takes 20 or 41 KB: so two CTAs fit an SM, or one and the next linear; kMany's also have 18 KB
+  // for what they fetch. In a long ring a CTA has all that it reads of a single short sequence; with many
+  // pairs more in flight is slower. (An H100, e4m3: a single sequence of 1,024 tokens, between linears, 6.7
+  // us, with 48 KB 8.3 us. A step of 128 of them 22.07 ms with 48 KB, 22.18 with 64, 22.26 with 80.)
+  static constexpr bool kMany = kMany_;  // more than few_pairs(), and kTilesN == 1
   static constexpr int kRingBytes = (kMany && kFp8 ? 48 : kMany || kTilesN == 2 ? 64 : 80) * 1024;
   static constexpr int kSlots = kRingBytes / kWarps / kSlotBytes;
   static_assert(kSlots >= 2 * kUnitSlots);
 
   static constexpr int kParts = kHeadDim / 64;  // of a thread's share of a row, 4 floats each
 
-  // With many pairs, subtrees of other CTAs that an owner takes out of memory early (Pair::fetch): all there
-  // are, if one CTA has them and the pair has no more than 8 leaves.
+  // kMany: subtrees of other CTAs that an owner takes out of memory early (Pair::fetch). All there are, if
+  // one CTA has them and the pair has 8 leaves, or up to 6.
   static constexpr int kFetched = 3;
 };
 

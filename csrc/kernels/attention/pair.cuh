@@ -44,10 +44,9 @@ struct Pair {
   const LaunchConfig& config;
   const Line& line;
   Stack<C> stack;
-  Partial<C>*
-      near;        // in shared memory: what was fetched; or what the owner leaves, in its ring, free by then
-  int part;        // the CTA's
-  int tile, head;  // the pair's
+  Partial<C>* near;    // in shared memory: kMany: what was fetched; or what an owner leaves, in its idle ring
+  int part;            // the CTA's
+  int tile, head;      // the pair's
   int first_leaf = 0;  // of this CTA
   int num_left = 0;    // subtrees in memory
   bool has_fetched = false;
@@ -121,9 +120,9 @@ struct Pair {
     }
   }
 
-  // What two CTAs do that share the last pair of the owner's part, if there are many pairs. Before the owner
-  // computes it: brings others' first subtrees to shared memory, if they are there, which they are in a large
-  // batch: these others began with them. Then nothing at the end of the kernel waits for L2.
+  // kMany, before the owner computes the pair, the last of its part: brings the first subtrees that other
+  // CTAs left to shared memory, if they are there. In a large batch they are: these others began with them.
+  // At the end of the part nothing hides a trip to L2.
   __device__ __forceinline__ void fetch(const Plan& plan) {
     uint4* from[C::kFetched];
     Parcel<C> parcel[C::kFetched];
@@ -146,8 +145,8 @@ struct Pair {
     }
   }
 
-  // When its own leaves are on the stack: the others' subtree that starts with leaf `first`. As in collect(),
-  // the wait ends.
+  // kMany, when the owner's leaves are on its stack: the others' subtree that starts with leaf `first`. As in
+  // collect(), the wait ends.
   __device__ __forceinline__ void take(const Plan& plan, int first, State<C>& state) const {
     const int rank = __popc(plan.others & ((1u << first) - 1));
     Parcel<C> parcel;
@@ -162,11 +161,10 @@ struct Pair {
     parcel.open(state);
   }
 
-  // With few pairs: this CTA owns the pair, has left its own subtrees and waits for the other CTAs'. They are
-  // later parts
-  // and wait for nothing before they leave these; all CTAs of a launch are resident at once, and the next
-  // launch's come after them: so the wait ends. (After a launch that failed half-way the workspace must be
-  // filled anew.)
+  // Not kMany: this CTA owns the pair, has left its own subtrees and waits for the other CTAs'. They are
+  // later parts and wait for nothing before they leave these; all CTAs of a launch are resident at once, and
+  // the next launch's come after them: so the wait ends. (After a launch that failed half-way the workspace
+  // must be filled anew.)
   __device__ __forceinline__ void collect(const Plan& plan, State<C>& state) {
     // A batch's part of the tree is in registers: a subtree lies where its first leaf would, what its other
     // leaves would fill is not used. All loads of a batch are under way before the first is used. The stack
@@ -180,7 +178,7 @@ struct Pair {
 #pragma unroll
       for (int i = 0; i < kBatch; ++i) {
         from[i] = of_leaf(plan, first + i);
-        asm volatile("" : "+l"(from[i]));  // or nvcc keeps `base`, too, and adds in the loop
+        asm volatile("" : "+l"(from[i]));  // or nvcc keeps what it comes from, too, and adds in the loop
       }
       Parcel<C> parcel[kBatch];
       bool complete;

@@ -17,7 +17,7 @@ __device__ __forceinline__ void wait_for_predecessor() {
 }
 
 // From here on the next kernel of the stream may take the SM's free resources. It still waits for all of our
-// writes, so this may stand anywhere.
+// writes, so this may stand anywhere, unless we write what it reads before it waits (packed weights).
 __device__ __forceinline__ void let_successor_start() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;");

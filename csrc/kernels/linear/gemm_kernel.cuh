@@ -100,6 +100,7 @@ struct GemmConsumer {
 #pragma unroll 1
     for (turn.count = -1;; ++turn.count) {
       const bool rehearses = turn.count < 0, is_done = turn.tile() >= schedule.num_tiles;
+      // Behind the rehearsal nothing is left, and out_scale may be being written.
       if (turn.count != 0 && (rehearses || is_done || has_few_products()))
         output.store_or_rehearse(thread_here());
       if (is_done) break;

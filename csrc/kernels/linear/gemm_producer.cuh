@@ -5,6 +5,7 @@
 #include "kernels/linear/gemm_config.cuh"
 #include "kernels/linear/linear.h"
 #include "kernels/ptx/bulk_copy.cuh"
+#include "kernels/ptx/l2_policy.cuh"
 
 namespace nf {
 namespace {
@@ -127,7 +128,7 @@ struct TilePlanner {
       TilePlan<C>(&plans)[2] = s.plans[turn.index()];
       ptx::mbarrier_wait(&s.used[turn.index()], turn.parity() ^ 1);
       if (lane < 2) plan(plans[lane], schedule.tile(turn.tile()), lane);
-      __syncwarp();
+      __syncwarp();  // all lanes read the plans below
       ptx::mbarrier_arrive(&s.planned[turn.index()]);
       if (turn.count == 0) {
         if constexpr (C::kRehearses) ptx::mbarrier_wait(&s.rehearsed, 0);

@@ -17,7 +17,9 @@ namespace {
 constexpr int kThreads = 256;
 
 __global__ void __launch_bounds__(kThreads) pack_weight_kernel(const PackWeightParams p) {
-  // Linears read packed weights before they wait: none may start before all is written.
+  // Linears read packed weights before they wait. So none starts before all CTAs here have ended
+  // (let_successor_start() is left out), each after its writes have reached L2. (PTX promises as much only to
+  // kernels that wait.)
   wait_for_predecessor();
   const int64_t num_chunks = p.shape.packed_bytes() / kChunkBytes;
   const int64_t stride = int64_t(gridDim.x) * kThreads;

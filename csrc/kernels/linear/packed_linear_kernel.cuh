@@ -21,6 +21,7 @@
 #include "kernels/linear/linear.h"
 #include "kernels/linear/tile_maker.cuh"
 #include "kernels/ptx/bulk_copy.cuh"
+#include "kernels/ptx/l2_policy.cuh"
 #include "kernels/ptx/named_barrier.cuh"
 #include "kernels/ptx/tensor_map.h"
 #include "kernels/ptx/wgmma.cuh"

@@ -5,7 +5,6 @@
 
 #include <cuda.h>
 
-#include "kernels/ptx/l2_policy.cuh"
 #include "kernels/ptx/mbarrier.cuh"
 
 namespace nf::ptx {
