@@ -151,7 +151,7 @@ PrefillAttentionParams<Scalar> prefill_params(const AttentionParams<Scalar>& p, 
 
 void attention(Tensor out, Tensor q, Tensor k_cache, Tensor v_cache, Tensor page_table, Tensor q_start,
                Tensor kv_len, double softmax_scale, double k_scale, double v_scale,
-               std::optional<Tensor> out_scale, bool fp8_products) {
+               std::optional<Tensor> out_scale, bool fp8_products, bool per_query) {
   if (q.dim() != 3) reject("q", "has " + std::to_string(q.dim()) + " dims, want 3");
   if (k_cache.dim() != 4) reject("k_cache", "has " + std::to_string(k_cache.dim()) + " dims, want 4");
   if (q.size(2) != k_cache.size(3))
@@ -162,16 +162,18 @@ void attention(Tensor out, Tensor q, Tensor k_cache, Tensor v_cache, Tensor page
 
   const DeviceGuard guard(q.get_device_index());
   if (fp8_products) check_fp8_products(k_cache);
+  if (fp8_products && per_query) reject("q", "fp8_products are of many queries, want no per_query");
   const cudaStream_t stream = current_stream(q);
   dispatch_half_types(q, "q", [&](auto scalar) {
     using Scalar = decltype(scalar);
     AttentionParams<Scalar> p = common_params<Scalar>(out, q, k_cache, v_cache, page_table, q_start, kv_len,
                                                       q.size(1), {softmax_scale, k_scale, v_scale});
     if (out_scale) p.out_scale = cptr<float>(*out_scale);
+    p.per_query = per_query;
     // More tokens than sequences: some have a prompt in this step. (Or, where some have no token, with fewer;
     // that matters only if prompts are computed in another way.) Each kernel leaves the other's sequences
     // alone, which only the GPU tells apart. A lone sequence has all the tokens.
-    const bool has_prompt = p.num_tokens > kMostDecodeQueries &&
+    const bool has_prompt = !per_query && p.num_tokens > kMostDecodeQueries &&
                             (p.num_tokens > p.num_seqs || fp8_products) && has_prefill_attention();
     if (has_prompt) {
       nf::prefill_attention(prefill_params(p, k_cache.size(0), fp8_products), stream);

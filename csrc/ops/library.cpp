@@ -46,7 +46,7 @@ STABLE_TORCH_LIBRARY(nemotron_fast, m) {
   m.def(
       "attention(Tensor(a!) out, Tensor q, Tensor k_cache, Tensor v_cache, Tensor page_table, Tensor "
       "q_start, Tensor kv_len, float softmax_scale, float k_scale, float v_scale, Tensor? out_scale, bool "
-      "fp8_products=False) -> ()");
+      "fp8_products=False, bool per_query=False) -> ()");
   m.def(
       "decode_attention(Tensor(a!) out, Tensor qkv, Tensor(b!) k_cache, Tensor(c!) v_cache, Tensor cos_sin, "
       "Tensor page_table, Tensor q_start, Tensor kv_len, float softmax_scale, float k_scale, float v_scale, "

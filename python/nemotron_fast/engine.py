@@ -35,6 +35,7 @@ class EngineOptions:
     max_mixed_tokens: int | None = None  # tokens in a step that both decodes and computes prompts; None: as above
     prefix_caching: bool = True  # use pages of the KV cache again that hold the same tokens
     fp8_attention: bool = False  # attention of prompts with products of e4m3: an FP8 KV cache, head size 128
+    deterministic: bool = False  # a token's bits depend on those before it alone, if steps have few tokens (see LLM)
     seed: int = 0
     overlap: bool = False  # launch a step before the tokens of the one before are known
     padded_decode: bool = False  # pad decode steps to a few sizes, which on a GPU are replayed as CUDA graphs
@@ -54,7 +55,8 @@ class Engine:
             )
         self.config, self.options = config, options
         self.device = weights.embed.device
-        self.model = Model(config, weights, options.max_model_len, fp8_attention=options.fp8_attention)
+        switches = {"fp8_attention": options.fp8_attention, "deterministic": options.deterministic}
+        self.model = Model(config, weights, options.max_model_len, **switches)
         self.cache = make_kv_cache(config, options.num_pages, dtype=kv_dtype, device=self.device)
         self.executor = Executor(
             self.model,

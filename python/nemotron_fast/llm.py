@@ -20,9 +20,9 @@ from nemotron_fast.prompts import Message, Prompt, as_list, per_prompt, token_id
 from nemotron_fast.random_weights import NORMAL
 from nemotron_fast.sampling_params import SamplingParams
 from nemotron_fast.sequence_text import make_result
+from nemotron_fast.step_size import check_deterministic, step_tokens
 from nemotron_fast.text_engine import TextEngine, drain, is_drained
 
-GPU_BATCHED_TOKENS, CPU_BATCHED_TOKENS = 2048, 512  # tokens of one step
 GPU_KV_SHARE, CPU_KV_SHARE = 0.9, 0.5  # of the memory left by weights and workspace, at most, for the KV cache
 
 
@@ -38,6 +38,10 @@ class LLM:
         kv_dtype: type of the KV cache; "auto" = FP8 if the checkpoint says so, else `dtype`.
         fp8_attention: compute the attention of prompts (sequences with more than 8 new tokens in a step) with products
             of e4m3, for which queries and softmax weights are rounded; wants an FP8 KV cache and head size 128.
+        deterministic: on a GPU, compute a token with the same bits whatever runs beside it, in whatever chunks its
+            prompt comes, behind a cached beginning and after a preemption: in steps of at most 64 tokens, each query
+            by itself. Decoding takes as long as without, prompts several times as long. (On a CPU tokens are the same
+            without.)
         max_model_len: tokens of one sequence; None = what the model and the memory allow.
         max_num_seqs: sequences in one step.
         max_batched_tokens: tokens of one step, prompts and decoding together; None = 2048 on a GPU, 512 on a CPU.
@@ -66,6 +70,7 @@ class LLM:
         quantize: str | None = None,
         kv_dtype: str = "auto",
         fp8_attention: bool = False,
+        deterministic: bool = False,
         max_model_len: int | None = None,
         max_num_seqs: int = 64,
         max_batched_tokens: int | None = None,
@@ -87,6 +92,11 @@ class LLM:
             seed=seed,
         )
         where = resolve_device(device)
+        on_gpu = where.type == "cuda"
+        deterministic &= on_gpu
+        batched_tokens = step_tokens(max_batched_tokens, on_gpu=on_gpu, deterministic=deterministic)
+        if deterministic:
+            check_deterministic(batched_tokens, max_num_seqs, fp8_attention=fp8_attention)
         loaded = load_model(
             model,
             device=where,
@@ -98,8 +108,6 @@ class LLM:
             use_defaults=generation_config == "auto",
         )
         config = loaded.config
-        on_gpu = where.type == "cuda"
-        batched_tokens = max_batched_tokens or (GPU_BATCHED_TOKENS if on_gpu else CPU_BATCHED_TOKENS)
         share = GPU_KV_SHARE if on_gpu else CPU_KV_SHARE
         workspace = workspace_bytes(config, num_tokens=batched_tokens, num_seqs=max_num_seqs, dtype=loaded.dtype_name)
         budget = max(int((free_bytes(where) - sum(workspace.values())) * share), 0)
@@ -112,6 +120,7 @@ class LLM:
             max_mixed_tokens=max_mixed_tokens,
             prefix_caching=prefix_caching,
             fp8_attention=fp8_attention,
+            deterministic=deterministic,
             seed=seed,
             overlap=on_gpu,
             padded_decode=on_gpu and cuda_graphs,

@@ -18,14 +18,20 @@ from nemotron_fast.weights import AttentionWeights, LinearBlockWeights, MLPWeigh
 
 
 class Model:
-    """A loaded model; positions 0..max_model_len-1 can be computed. `fp8_attention`: see LLM."""
+    """A loaded model; positions 0..max_model_len-1 can be computed. `fp8_attention`, `deterministic`: see LLM."""
 
     def __init__(
-        self, config: ModelConfig, weights: ModelWeights, max_model_len: int, *, fp8_attention: bool = False
+        self,
+        config: ModelConfig,
+        weights: ModelWeights,
+        max_model_len: int,
+        *,
+        fp8_attention: bool = False,
+        deterministic: bool = False,
     ) -> None:
         self.config = config
         self.weights = weights
-        self._fp8_attention = fp8_attention
+        self._attention_options = {"fp8_products": fp8_attention, "per_query": deterministic}
         self._kv_slots = [sub.kv_slot for sub in config.sub_blocks]
         device = weights.embed.device
         self._workspace = make_workspace(device)  # of the packed linears
@@ -68,5 +74,5 @@ class Model:
         slots = (self._cos_sin, batch.positions, batch.slots)
         ops.rope_append(qkv_TX, k_cache, v_cache, *slots, k_scale=block.k_scale, v_scale=block.v_scale)
         q_THD = qkv_TX.unflatten(1, (-1, dim))[:, : -2 * num_kv]
-        scales["fp8_products"] = self._fp8_attention
-        return ops.attention(q_THD, k_cache, v_cache, *sequences, **scales).flatten(1)
+        options = scales | self._attention_options
+        return ops.attention(q_THD, k_cache, v_cache, *sequences, **options).flatten(1)

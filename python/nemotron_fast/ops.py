@@ -252,19 +252,20 @@ def attention(
     v_scale: float = 1.0,
     out_scale: Tensor | None = None,
     fp8_products: bool = False,
+    per_query: bool = False,
     out: Tensor | None = None,
 ) -> Tensor:
     """out [T, H, D]: causal attention of q [T, H, D] over the caches [P, K, B, D]; e4m3 if there is an out_scale [1].
 
     page_table [S, pages] int64, q_start [S + 1] int64, kv_len [S] int64: sequence s owns queries
     q_start[s]..q_start[s+1]-1, which are the last of its kv_len[s] cached tokens. `fp8_products` (e4m3 caches, D 128):
-    where these are more than 8, q, a scale each row, and the softmax weights are rounded to e4m3 for the products.
+    of more than 8, q and softmax weights are rounded to e4m3. `per_query`: each has the bits that it has alone; slow.
     """
     if out is None:
         dtype = q.dtype if out_scale is None else reference.FP8
         out = torch.empty_like(q, dtype=dtype, memory_format=torch.contiguous_format)
-    scales = (softmax_scale, k_scale, v_scale, out_scale)
-    _ops.attention.default(out, q, k_cache, v_cache, page_table, q_start, kv_len, *scales, fp8_products)
+    args = (softmax_scale, k_scale, v_scale, out_scale, fp8_products, per_query)
+    _ops.attention.default(out, q, k_cache, v_cache, page_table, q_start, kv_len, *args)
     return out
 
 

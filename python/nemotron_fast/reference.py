@@ -176,6 +176,7 @@ def attention(
     v_scale: float,
     out_scale: Tensor | None = None,
     fp8_products: bool = False,
+    per_query: bool = False,
 ) -> Tensor:
     """Causal attention over paged KV, variable lengths, grouped heads; with an out_scale, quantize_fp8 of it.
 
@@ -183,7 +184,7 @@ def attention(
     last query, which decode_attention may have, are zero in the result. `fp8_products`: prompts through _attend_fp8.
     """
     if fp8_products:
-        _check_fp8_products(k_cache_PKBD)
+        _check_fp8_products(k_cache_PKBD, per_query)
     out_THD = torch.zeros_like(q_THD, memory_format=torch.contiguous_format)
     page_size = k_cache_PKBD.shape[2]
     starts, lengths = q_start_S.tolist(), kv_len_S.tolist()
@@ -241,8 +242,10 @@ def _attend_fp8(q_NHD: Tensor, k_KSD: Tensor, v_KSD: Tensor, score_scale: float,
     return torch.cat(parts)
 
 
-def _check_fp8_products(k_cache_PKBD: Tensor) -> None:
+def _check_fp8_products(k_cache_PKBD: Tensor, per_query: bool) -> None:
     """As csrc/ops/attention.cpp."""
+    if per_query:
+        raise RuntimeError("q: fp8_products are of many queries, want no per_query")
     dtype, dim = k_cache_PKBD.dtype, k_cache_PKBD.shape[3]
     if dtype != FP8:
         found = str(dtype).removeprefix("torch.")

@@ -70,6 +70,8 @@ def test_attention(H, K, D, dtype):
     ops.attention(
         q_THD, *caches, table, q_start, kv_len, softmax_scale=scale, k_scale=k_scale, v_scale=v_scale, out=out_THD
     )
+    scales = {"softmax_scale": scale, "k_scale": k_scale, "v_scale": v_scale}
+    assert torch.equal(ops.attention(q_THD, *caches, table, q_start, kv_len, per_query=True, **scales), out_THD)
     for s, (new, length) in enumerate(shape):
         pages = table[s, : -(-length // PAGE)]
         k_KSD, v_KSD = (c.double()[pages].transpose(0, 1).flatten(1, 2) for c in caches)
@@ -145,6 +147,14 @@ def test_fp8_products_rejects(D, dtype, message):
         q, q_start = torch.zeros(new, 4, D).bfloat16(), torch.tensor([0, new])
         with pytest.raises(RuntimeError, match=message):
             ops.attention(q, cache, cache, table, q_start, q_start[1:], softmax_scale=1.0, fp8_products=True)
+
+
+def test_fp8_products_of_lone_queries_are_refused():
+    cache, table = torch.zeros(1, 1, PAGE, 128).to(FP8), torch.zeros(1, 1, dtype=torch.int64)
+    q, q_start = torch.zeros(20, 4, 128).bfloat16(), torch.tensor([0, 20])
+    args = {"softmax_scale": 1.0, "fp8_products": True, "per_query": True}
+    with pytest.raises(RuntimeError, match="fp8_products are of many queries, want no per_query"):
+        ops.attention(q, cache, cache, table, q_start, q_start[1:], **args)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, FP8])

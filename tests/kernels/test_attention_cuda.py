@@ -30,6 +30,7 @@ class Problem:
     dtype: torch.dtype = torch.bfloat16
     kv_dtype: torch.dtype = torch.bfloat16
     fp8_products: bool = False
+    per_query: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -75,6 +76,7 @@ class Problem:
             v_scale=self.v_scale,
             out_scale=out_scale,
             fp8_products=self.fp8_products,
+            per_query=self.per_query,
             out=out,
         )
 
@@ -151,6 +153,28 @@ def test_same_bits_alone_and_in_a_batch(H: int, K: int, kv_dtype: torch.dtype) -
     out = problem.run()
     for rows in (slice(0, 1), slice(1, 2), slice(3, 4), slice(6, 7), slice(2, 5), slice(5, 21), slice(40, 64)):
         assert_bit_equal(problem.run(rows), out[rows])
+
+
+@pytest.mark.parametrize("kv_dtype", [torch.bfloat16, FP8], ids=str)
+@pytest.mark.parametrize("H,K", [(64, 8), (128, 8), (9, 3), (5, 1)])
+def test_per_query_has_the_bits_of_a_decode_step(H: int, K: int, kv_dtype: torch.dtype) -> None:
+    problem = Problem([(1, 130), (65, 65), (7, 200), (130, 1000), (40, 8200)], H, K, kv_dtype=kv_dtype, per_query=True)
+    out = problem.run()
+    problem.check(out)
+    for s, (new, length) in enumerate(problem.shape):
+        for i in range(0, new, 13):
+            t, seen = int(problem.q_start[s]) + i, torch.tensor([length - new + i + 1], device="cuda")
+            alone = ops.attention(
+                problem.q[t : t + 1],
+                *problem.caches,
+                problem.table[s : s + 1],
+                torch.tensor([0, 1], device="cuda"),
+                seen,
+                softmax_scale=problem.D**-0.5,
+                k_scale=problem.k_scale,
+                v_scale=problem.v_scale,
+            )
+            assert_bit_equal(out[t : t + 1], alone)
 
 
 def test_graph_replays_with_new_inputs() -> None:

@@ -16,7 +16,7 @@ PACKAGE = ROOT / "python" / "nemotron_fast"
 TIERS: dict[int, str] = {
     0: """errors dtypes files progress config config_reader blocks sharding quant_config module_patterns sampling_params
           generation_defaults request pages admission turns scheduler metrics hardware footprint rank_plan planner
-          cache_size""",
+          cache_size step_size""",
     1: """_C ops sampling_ops reference reference_sampling packing cpu_backend rope kv_cache safetensors_file checkpoint
           inventory param_loader weights random_weights packed_weights quantize sampling staging penalties comm
           device""",

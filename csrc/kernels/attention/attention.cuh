@@ -327,8 +327,8 @@ void attention(const AttentionParams<Scalar>& p, cudaStream_t stream) {
            "T=" + std::to_string(p.num_tokens) + " of S=" + std::to_string(p.num_seqs));
   if (p.num_tokens == 0 || p.num_seqs == 0) return;
   // Several queries of a sequence fill 16 rows; with one each, 8 will do where the group has no more.
-  const int tiles_n = p.group > 8 || p.num_tokens > p.num_seqs ? 2 : 1;
-  const int queries_per_tile = 8 * tiles_n / p.group;
+  const int tiles_n = p.group > 8 || (p.num_tokens > p.num_seqs && !p.per_query) ? 2 : 1;
+  const int queries_per_tile = p.per_query ? 1 : 8 * tiles_n / p.group;
   const int64_t most_of_seq =
       p.most_queries < p.num_tokens ? ceil_div(p.most_queries, queries_per_tile) : p.num_tokens;
   const int64_t max_tiles =

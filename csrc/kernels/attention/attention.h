@@ -64,6 +64,7 @@ struct AttentionParams {
   float k_scale;        // 1 unless the caches are e4m3
   float v_scale;
   bool fp8_cache;
+  bool per_query;  // compute each by itself: its bits are those that it has alone, in a decode step
 };
 template <class Scalar>
 void attention(const AttentionParams<Scalar>& p, cudaStream_t stream);

@@ -53,6 +53,6 @@ def _workload(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     """What is needed to repeat the measurement."""
     from nemotron_fast.testing.timing import provenance
 
-    types = ("random_weights", "quantize", "kv_dtype", "fp8_attention", "dtype")
+    types = ("random_weights", "quantize", "kv_dtype", "fp8_attention", "deterministic", "dtype")
     named = ("model", *types, "max_model_len", "max_num_seqs", "seed")
     return provenance(device) | {name: getattr(args, name) for name in named}

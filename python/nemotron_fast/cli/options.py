@@ -41,6 +41,11 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="attention of prompts with products of e4m3; wants an FP8 KV cache and head size 128",
     )
+    group.add_argument(
+        "--deterministic",
+        action="store_true",
+        help="on a GPU: the same bits whatever runs beside a request; prompts take several times as long",
+    )
     group.add_argument("--max-model-len", metavar="N", type=int, help="tokens of one sequence (default: what fits)")
     group.add_argument("--max-num-seqs", metavar="N", type=int, help="sequences at once; the KV cache is for so many")
     group.add_argument("--seed", metavar="N", type=int, default=0, help="base of all random seeds (default 0)")
@@ -96,6 +101,7 @@ def load_llm(args: argparse.Namespace, **more: Any) -> LLM:
         quantize=args.quantize,
         kv_dtype=args.kv_dtype,
         fp8_attention=args.fp8_attention,
+        deterministic=args.deterministic,
         max_model_len=args.max_model_len,
         seed=args.seed,
         generation_config=args.generation_config,
