@@ -44,9 +44,9 @@ LinearSchedule make_linear_schedule(int64_t num_rows, int64_t num_cols, int elem
 
 // Up to kMaxFewTokens are summed in these pieces, so that a token's bits do not depend on the others. With
 // more than kMaxSplitTokens a CTA of the GEMM (gemm_schedule.h) computes all pieces of its blocks, one after
-// another: that takes no exchange, and the whole of an SM for one ring. (All linears,
-// norms and attention of 64 sequences of 128 tokens take 17.15 ms so on an H100, 17.55 split; of 32 sequences
-// 16.54 and 16.65. Weights of zero.)
+// another: that takes no exchange, and the whole of an SM for one ring. (All linears, norms and attention of
+// 64 sequences of 128 tokens take 17.15 ms so on an H100, 17.55 split; of 32 sequences 16.54 and 16.65.
+// Weights of zero.)
 constexpr int kMaxFewTokens = 64, kMaxSplitTokens = 16;
 
 // The workspace of a launch: slots [CTA][2 warpgroups][tokens / 8][128 threads][4] float. A value is its own

@@ -40,8 +40,7 @@ class LLM:
             of e4m3, for which queries and softmax weights are rounded; wants an FP8 KV cache and head size 128.
         deterministic: on a GPU, compute a token with the same bits whatever runs beside it, in whatever chunks its
             prompt comes, behind a cached beginning and after a preemption: in steps of at most 64 tokens, each query
-            by itself. Decoding takes as long as without, prompts several times as long. (On a CPU tokens are the same
-            without.)
+            by itself, which makes prompts slower. (On a CPU tokens are the same without.)
         max_model_len: tokens of one sequence; None = what the model and the memory allow.
         max_num_seqs: sequences in one step.
         max_batched_tokens: tokens of one step, prompts and decoding together; None = 2048 on a GPU, 512 on a CPU.

@@ -259,7 +259,7 @@ def attention(
 
     page_table [S, pages] int64, q_start [S + 1] int64, kv_len [S] int64: sequence s owns queries
     q_start[s]..q_start[s+1]-1, which are the last of its kv_len[s] cached tokens. `fp8_products` (e4m3 caches, D 128):
-    of more than 8, q and softmax weights are rounded to e4m3. `per_query`: each has the bits that it has alone; slow.
+    where these are more than 8, q (a scale a row) and softmax weights round to e4m3. `per_query`: bits as if alone.
     """
     if out is None:
         dtype = q.dtype if out_scale is None else reference.FP8

@@ -295,8 +295,7 @@ void launch_attention(const AttentionParams<typename C::Scalar>& p, const Launch
   NF_CUDA(cudaDeviceGetAttribute(&smem_reserved, cudaDevAttrReservedSharedMemoryPerBlock, device));
   const int smem_bytes = int(sizeof(Smem<C>) + size_t(config.max_tiles) * sizeof(Tile));
   NF_CHECK(smem_bytes <= smem_per_cta, std::to_string(smem_bytes) + " bytes of shared memory");
-  config.two_ctas_per_sm = config.max_tiles * p.num_kv_heads > few_pairs(C::kFp8) &&
-                           kMaxCtasPerSm * (smem_bytes + smem_reserved) <= smem_per_sm;
+  config.two_ctas_per_sm &= kMaxCtasPerSm * (smem_bytes + smem_reserved) <= smem_per_sm;
   NF_CUDA(cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, smem_bytes));
   NF_CUDA(cudaFuncSetAttribute(kKernel, cudaFuncAttributePreferredSharedMemoryCarveout,
                                cudaSharedmemCarveoutMaxShared));
@@ -343,9 +342,8 @@ void attention(const AttentionParams<Scalar>& p, cudaStream_t stream) {
       .leaves_wanted = leaves_wanted(p.num_kv_heads),
       .group_inverse = uint32_t((1 << 16) / p.group + 1),
       .score_scale = p.softmax_scale * (p.fp8_cache ? p.k_scale : 1.0f) * 1.44269504f,
-      .two_ctas_per_sm = false,
+      .two_ctas_per_sm = max_tiles * p.num_kv_heads > few_pairs(p.fp8_cache),  // if they fit
   };
-  const bool many = tiles_n == 1 && max_tiles * p.num_kv_heads > few_pairs(p.fp8_cache);
   dispatch<64, 128>("D", p.head_dim, [&](auto head_dim) {
     dispatch<1, 2>("tiles_n", tiles_n, [&](auto tiles_n) {
       const auto launch = [&]<bool kMany>(std::bool_constant<kMany>) {
@@ -355,7 +353,7 @@ void attention(const AttentionParams<Scalar>& p, cudaStream_t stream) {
           launch_attention<Config<Scalar, false, head_dim, tiles_n, kMany>>(p, config, stream);
       };
       if constexpr (tiles_n == 1)
-        if (many) return launch(std::true_type{});
+        if (config.two_ctas_per_sm) return launch(std::true_type{});
       launch(std::false_type{});
     });
   });

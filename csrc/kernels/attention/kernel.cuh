@@ -172,6 +172,8 @@ struct Loader {
   int offset;       // of this lane's first chunk of the warp's share, bytes from the page's beginning
   int num_valid;    // tokens of the share that are cached; the rest may be NaN
   int num_old;      // those that earlier steps have written
+  // As a rule: pages of several tiles, or of a beginning that sequences share, are read again. (These have
+  // not been timed.)
   const uint64_t read_once = ptx::evict_first_policy();
 
   // Called once the slots of the page before are filled, or before the first: page_id takes its time.
