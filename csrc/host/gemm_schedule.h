@@ -7,9 +7,11 @@
 // So a result's bits do not depend on the GPU, nor on the number of tokens, once it is above kMaxFewTokens.
 //
 // Tiles are dealt out in order, i to CTA i % num_ctas. Full tiles come first, in groups of 8 columns of
-// tokens; in a group block by block, and for a block column by column: the CTAs that run at the same time
-// read few different weights and few different activations, and L2 serves the rest. Where the last round of
-// full tiles would leave more than half of the CTAs idle, its tiles are cut into halves.
+// tokens; in a group two blocks by two, and for these column by column: the CTAs that run at the same time
+// read few different weights and few different activations, and L2 serves the rest. Tiles 2i and 2i + 1 are
+// neighbours in a column: their CTAs share a part of the GPU (gemm_kernel.cuh), to which L2 delivers at once
+// what both read. Where the last round of full tiles would leave more than half of the CTAs idle, its tiles
+// are cut into halves.
 //
 // Half a tile of a single column has half of the rows, so that each weight is read once: two CTAs that read
 // the same ones, for half of the tokens each, have to keep step for the second to find them in L2. (Blocks
@@ -83,9 +85,11 @@ struct GemmSchedule {
     const int full = cut < 0 ? i : num_full + cut / 2;
     const int group = full / (kGroup * num_blocks), in_group = full % (kGroup * num_blocks);
     const int left = num_columns - group * kGroup, width = left < kGroup ? left : kGroup;
-    const int token = (group * kGroup + in_group % width) * tile_tokens;
-    if (cut < 0) return of_block(in_group / width, token, 2);
-    const int block = in_group / width;
+    const int pair = in_group / 2,
+              alone = in_group - num_blocks / 2 * 2 * width;  // the last of an odd number
+    const int token = (group * kGroup + (alone < 0 ? pair % width : alone)) * tile_tokens;
+    const int block = alone < 0 ? pair / width * 2 + in_group % 2 : num_blocks - 1;
+    if (cut < 0) return of_block(block, token, 2);
     if (!cuts_rows) return of_block(block, token + cut % 2 * (tile_tokens / 2), 1);
     const int half_block = 2 * block + cut % 2;
     return {token, 2, {{half_block, 0, 1}, {half_block, 1, 1}}};

@@ -231,6 +231,7 @@ void check_gemm_tiles(int ctas, int tokens, int blocks, int tile_tokens) {
         ++hits.at(part.half_block * (halves + 1) + tile.token / half + h);
     }
     has_full |= tile.num_halves == 2 && !tile.shares_rows();
+    if (i % 2 && i < s.num_full && blocks % 2 == 0) EXPECT_EQ(tile.token, s.tile(i - 1).token);  // neighbours
   }
   EXPECT_EQ(std::count(hits.begin(), hits.end(), 1), std::ptrdiff_t(2) * blocks * halves);
   EXPECT_EQ(*std::max_element(hits.begin(), hits.end()), 1);
