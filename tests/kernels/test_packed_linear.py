@@ -111,7 +111,7 @@ def check_swiglu(inputs: Inputs, tokens: int, quantised: bool) -> None:
         want = (want / out_scale).clamp(-448, 448)
     # two roundings to bf16 of values that are multiplied, one of the product; then half a step of e4m3
     size = want.square().mean().sqrt().item()
-    error = 0.04 if inputs.weight.dtype == FP8 and tokens > FEW[-1] else 0.01  # of the gates
+    error = 0.044 if inputs.weight.dtype == FP8 and tokens > FEW[-1] else 0.01  # of the gates
     compare.assert_close(out.float(), want, rtol=0.08 if quantised else 2**-6, atol=error * size)
 
 
