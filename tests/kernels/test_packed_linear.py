@@ -111,8 +111,9 @@ def check_swiglu(inputs: Inputs, tokens: int, quantised: bool) -> None:
         want = (want / out_scale).clamp(-448, 448)
     # two roundings to bf16 of values that are multiplied, one of the product; then half a step of e4m3
     size = want.square().mean().sqrt().item()
-    error = 0.044 if inputs.weight.dtype == FP8 and tokens > FEW[-1] else 0.01  # of the gates
-    compare.assert_close(out.float(), want, rtol=0.08 if quantised else 2**-6, atol=error * size)
+    # with sums of 14 bits: of the gates, and of large gates and ups, which lose up to 0.6 % of their size each
+    error, lost = (0.04, 2**-7) if inputs.weight.dtype == FP8 and tokens > FEW[-1] else (0.01, 0.0)
+    compare.assert_close(out.float(), want, rtol=(0.08 if quantised else 2**-6) + lost, atol=error * size)
 
 
 def check_add(inputs: Inputs, tokens: int) -> None:
