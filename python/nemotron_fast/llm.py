@@ -38,9 +38,9 @@ class LLM:
         kv_dtype: type of the KV cache; "auto" = FP8 if the checkpoint says so, else `dtype`.
         fp8_attention: compute the attention of prompts (sequences with more than 8 new tokens in a step) with products
             of e4m3, for which queries and softmax weights are rounded; wants an FP8 KV cache and head size 128.
-        deterministic: on a GPU, compute a token with the same bits whatever runs beside it, in whatever chunks its
-            prompt comes, behind a cached beginning and after a preemption: in steps of at most 64 tokens, each query
-            by itself, which makes prompts slower. (On a CPU tokens are the same without.)
+        deterministic: compute a token with the same bits whatever runs beside it, in whatever chunks its prompt comes,
+            behind a cached beginning and after a preemption: on a GPU in steps of at most 64 tokens, each query by
+            itself, which makes prompts slower; on a CPU token by token.
         max_model_len: tokens of one sequence; None = what the model and the memory allow.
         max_num_seqs: sequences in one step.
         max_batched_tokens: tokens of one step, prompts and decoding together; None = 2048 on a GPU, 512 on a CPU.
@@ -92,10 +92,9 @@ class LLM:
         )
         where = resolve_device(device)
         on_gpu = where.type == "cuda"
-        deterministic &= on_gpu
         batched_tokens = step_tokens(max_batched_tokens, on_gpu=on_gpu, deterministic=deterministic)
         if deterministic:
-            check_deterministic(batched_tokens, max_num_seqs, fp8_attention=fp8_attention)
+            check_deterministic(batched_tokens, max_num_seqs, on_gpu=on_gpu, fp8_attention=fp8_attention)
         loaded = load_model(
             model,
             device=where,

@@ -6,28 +6,34 @@ from __future__ import annotations
 from nemotron_fast.errors import Problems, RequestError
 
 GPU_TOKENS, CPU_TOKENS = 2048, 512
-# Up to so many on a GPU, no linear's result depends on the others: kMaxFewTokens of csrc/host/linear_schedule.h.
-DETERMINISTIC_TOKENS = 64
+# Up to so many no linear's result depends on the others. On a GPU: kMaxFewTokens of csrc/host/linear_schedule.h. On a
+# CPU libraries choose by the number of rows.
+GPU_DETERMINISTIC_TOKENS, CPU_DETERMINISTIC_TOKENS = 64, 1
 
 
 def step_tokens(wanted: int | None, *, on_gpu: bool, deterministic: bool) -> int:
     """`wanted`, or else what suits."""
     if wanted is not None:
         return wanted
-    if not on_gpu:
-        return CPU_TOKENS
-    return DETERMINISTIC_TOKENS if deterministic else GPU_TOKENS
+    if deterministic:
+        return most_deterministic(on_gpu)
+    return GPU_TOKENS if on_gpu else CPU_TOKENS
 
 
-def check_deterministic(max_batched_tokens: int, max_num_seqs: int, *, fp8_attention: bool) -> None:
-    """What LLM(deterministic=True) wants on a GPU.
+def most_deterministic(on_gpu: bool) -> int:
+    return GPU_DETERMINISTIC_TOKENS if on_gpu else CPU_DETERMINISTIC_TOKENS
+
+
+def check_deterministic(max_batched_tokens: int, max_num_seqs: int, *, on_gpu: bool, fp8_attention: bool) -> None:
+    """What LLM(deterministic=True) wants. On a CPU sequences take turns, so that they may be many.
 
     Raises:
         RequestError: something else.
     """
     problems = Problems()
-    for name, value in {"max_batched_tokens": max_batched_tokens, "max_num_seqs": max_num_seqs}.items():
-        wanted = f"want at most {DETERMINISTIC_TOKENS}; lower it or leave it out"
-        problems.require(value <= DETERMINISTIC_TOKENS, f"{name}={value}, {wanted}")
+    most = most_deterministic(on_gpu)
+    limited = {"max_batched_tokens": max_batched_tokens} | ({"max_num_seqs": max_num_seqs} if on_gpu else {})
+    for name, value in limited.items():
+        problems.require(value <= most, f"{name}={value}, want at most {most}; lower it or leave it out")
     problems.require(not fp8_attention, "fp8_attention=True computes many queries together; leave it out")
     problems.raise_if_any(RequestError, "deterministic=True")

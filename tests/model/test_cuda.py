@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from company import assert_same_bits_in_any_company
 from modelopt import demo_checkpoint
 from near_ties import assert_same_but_for_near_ties
 
@@ -65,31 +66,7 @@ def test_a_sequence_has_the_same_bits_alone_and_in_a_batch(options):
 
 
 def test_deterministic_has_the_same_bits_in_any_company(options, monkeypatch):
-    """Alone, in a crowd, in small chunks, behind a cached beginning, preempted: of the prompt, too."""
-    prompt = PROMPTS[3]
-    params = SamplingParams(max_tokens=70, temperature=0.8, seed=3, logprobs=0, prompt_logprobs=0, ignore_eos=True)
-    options = options | {"device": "cuda", "deterministic": True, "max_model_len": 512}
-    plain = options | {"prefix_caching": False}
-
-    def bits(result):
-        return [e.logprob for e in (*(result.prompt_logprobs or [])[1:], *result.outputs[0].logprobs)]
-
-    with LLM(**plain) as llm:
-        want, crowd = (llm.generate([prompt, *others], params)[0] for others in ([], PROMPTS * 10))
-    with LLM(**plain, max_batched_tokens=7) as llm:
-        assert bits(llm.generate(prompt, params)[0]) == bits(crowd) == bits(want)
-    several = [
-        dataclasses.replace(params, seed=i, prompt_logprobs=None, max_tokens=200, ignore_eos=False) for i in range(6)
-    ]
-    with LLM(**options) as llm:
-        alone, cached = ([llm.generate(prompt, p)[0] for p in several] for _ in range(2))
-        assert llm.metrics().prefix_hit_rate > 0
-    monkeypatch.setattr("nemotron_fast.llm.size_cache", lambda *_: (512, 12))  # pages too few for all
-    with LLM(**plain) as llm:
-        preempted = llm.generate([prompt] * len(several), several)
-        assert llm.metrics().preemptions > 0
-    for results in zip(alone, cached, preempted, strict=True):
-        assert len({tuple(bits(r)) for r in results}) == 1
+    assert_same_bits_in_any_company(options | {"device": "cuda"}, PROMPTS[3], PROMPTS * 10, monkeypatch)
 
 
 @pytest.mark.parametrize("cached", [64, 192, 320])

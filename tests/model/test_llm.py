@@ -11,6 +11,7 @@ from pathlib import Path
 import oracle
 import pytest
 import torch
+from company import assert_same_bits_in_any_company
 from packages import llama3_tokenizer_folder
 
 from nemotron_fast import LLM, SamplingParams
@@ -64,6 +65,12 @@ def test_results_keep_the_order_and_equal_single_runs(llm):
         assert result.usage.total_tokens == len(result.prompt_token_ids) + 12
         assert 0 <= result.timings.queue_s <= result.timings.ttft_s <= result.timings.total_s
     assert pool_is_free(llm)
+
+
+def test_deterministic_has_the_same_bits_in_any_company(monkeypatch):
+    options = {"model": "demo", "device": "cpu", "dtype": "bfloat16"}
+    prompt = "JULIET.\nWherefore art thou " * 7
+    assert_same_bits_in_any_company(options, prompt, ["To be", "O"], monkeypatch, most_tokens=30)
 
 
 def test_stream_equals_generate_and_ends_with_the_result(llm):

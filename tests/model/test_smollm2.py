@@ -6,6 +6,7 @@ import time
 
 import pytest
 import torch
+from company import assert_same_bits_in_any_company
 from near_ties import assert_same_but_for_near_ties
 from smollm2 import smollm2_folder
 
@@ -85,6 +86,15 @@ def test_greedy_tokens_on_a_gpu_equal_the_cpu_backend(llm, folder):
     num_equal = sum(mine.token_ids == theirs.token_ids for mine, theirs in zip(found, want, strict=True))
     print(f"{num_equal} of {len(PROMPTS)} prompts have all {NUM_TOKENS} tokens equal")
     assert num_equal >= len(PROMPTS) // 4
+
+
+@pytest.mark.parametrize(
+    "device, num_others, most_tokens", [("cpu", 1, 4), pytest.param("cuda", len(PROMPTS), 200, marks=pytest.mark.gpu)]
+)
+def test_deterministic_has_the_same_bits_in_any_company(device, num_others, most_tokens, folder, monkeypatch):
+    options = {"model": str(folder), "device": device, "dtype": "bfloat16"}
+    prompt, others = " ".join(PROMPTS[:10]), PROMPTS[:num_others]
+    assert_same_bits_in_any_company(options, prompt, others, monkeypatch, most_tokens=most_tokens)
 
 
 def test_a_prompt_of_the_cache_in_a_batch_gives_the_tokens_of_one_alone(llm, folder):

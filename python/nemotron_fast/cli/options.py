@@ -44,7 +44,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--deterministic",
         action="store_true",
-        help="on a GPU: the same bits whatever runs beside a request; prompts are slower",
+        help="the same bits whatever runs beside a request; prompts are slower, on a CPU all runs token by token",
     )
     group.add_argument("--max-model-len", metavar="N", type=int, help="tokens of one sequence (default: what fits)")
     group.add_argument("--max-num-seqs", metavar="N", type=int, help="sequences at once; the KV cache is for so many")
