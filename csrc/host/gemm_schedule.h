@@ -85,8 +85,8 @@ struct GemmSchedule {
     const int full = cut < 0 ? i : num_full + cut / 2;
     const int group = full / (kGroup * num_blocks), in_group = full % (kGroup * num_blocks);
     const int left = num_columns - group * kGroup, width = left < kGroup ? left : kGroup;
-    const int pair = in_group / 2,
-              alone = in_group - num_blocks / 2 * 2 * width;  // the last of an odd number
+    const int pair = in_group / 2;
+    const int alone = in_group - num_blocks / 2 * 2 * width;  // of an odd number of blocks, the last
     const int token = (group * kGroup + (alone < 0 ? pair % width : alone)) * tile_tokens;
     const int block = alone < 0 ? pair / width * 2 + in_group % 2 : num_blocks - 1;
     if (cut < 0) return of_block(block, token, 2);

@@ -16,11 +16,11 @@ def step_tokens(wanted: int | None, *, on_gpu: bool, deterministic: bool) -> int
     if wanted is not None:
         return wanted
     if deterministic:
-        return most_deterministic(on_gpu)
+        return deterministic_tokens(on_gpu)
     return GPU_TOKENS if on_gpu else CPU_TOKENS
 
 
-def most_deterministic(on_gpu: bool) -> int:
+def deterministic_tokens(on_gpu: bool) -> int:
     return GPU_DETERMINISTIC_TOKENS if on_gpu else CPU_DETERMINISTIC_TOKENS
 
 
@@ -31,7 +31,7 @@ def check_deterministic(max_batched_tokens: int, max_num_seqs: int, *, on_gpu: b
         RequestError: something else.
     """
     problems = Problems()
-    most = most_deterministic(on_gpu)
+    most = deterministic_tokens(on_gpu)
     limited = {"max_batched_tokens": max_batched_tokens} | ({"max_num_seqs": max_num_seqs} if on_gpu else {})
     for name, value in limited.items():
         problems.require(value <= most, f"{name}={value}, want at most {most}; lower it or leave it out")
