@@ -253,7 +253,7 @@ void check_tokens(Problem<T>& p, int num_tokens, const std::vector<float>& all, 
   largest = {std::max(largest.worst, error.worst), std::max(largest.rms, error.rms)};
   // Tensor cores truncate the sum at every instruction: in BF16 that is all of the error and grows with K. Of
   // e4m3 they keep some 14 bits, and the kernels of few and of many tokens move them to FP32 after every k
-  // tile and after 40.
+  // tile and after 32.
   const Error bound = sizeof(T) == 2                    ? Error{std::max(1e-4, 1e-8 * p.c.num_cols), 1}
                       : num_tokens <= nf::kMaxFewTokens ? Error{2e-3, 2e-4}
                                                         : Error{2.5e-2, 1.6e-3};

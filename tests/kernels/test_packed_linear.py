@@ -111,9 +111,8 @@ def check_swiglu(inputs: Inputs, tokens: int, quantised: bool) -> None:
         want = (want / out_scale).clamp(-448, 448)
     # two roundings to bf16 of values that are multiplied, one of the product; then half a step of e4m3
     size = want.square().mean().sqrt().item()
-    # with sums of 14 bits: of the gates, and of large gates and ups, which lose up to 0.6 % of their size each
-    error, lost = (0.04, 2**-7) if inputs.weight.dtype == FP8 and tokens > FEW[-1] else (0.01, 0.0)
-    compare.assert_close(out.float(), want, rtol=(0.08 if quantised else 2**-6) + lost, atol=error * size)
+    error = 0.04 if inputs.weight.dtype == FP8 and tokens > FEW[-1] else 0.01  # of the gates
+    compare.assert_close(out.float(), want, rtol=0.08 if quantised else 2**-6, atol=error * size)
 
 
 def check_add(inputs: Inputs, tokens: int) -> None:
@@ -162,7 +161,7 @@ def test_cuda_kernel(N: int, K: int, dtype: torch.dtype) -> None:
     """Within its error; the same bits twice, and for a row alone or among others of the same kernel."""
     inputs = make(N, K, dtype, "cuda")
     # of the root of the sum of squared products: tensor cores keep 14 bits of sums in e4m3, of few tokens for 128 of K
-    # and of many for 5120
+    # and of many for 4096
     errors = (2e-3, 2.5e-2) if dtype == FP8 else (1e-4, 1e-4)
     for batches, error in zip((FEW, MANY), errors, strict=True):
         tolerance = 2.25 * error * K**0.5  # products of order 1

@@ -49,12 +49,11 @@ struct GemmConfig {
 
   // wgmma keeps only some 14 bits of a sum of e4m3 products. After kFoldTiles k tiles its upper part is moved
   // to other registers (TileOutput::fold), which bounds the error for any K. An emulation of such sums gives
-  // these errors, as parts of the root of the sum of the squared products: after every 1, 4, 16, 32, 40
-  // tiles 1.2e-4, 3.4e-4, 8.5e-4, 1.3e-3, 1.4e-3 on average (root of squares), without any 2.1e-3 at
-  // K = 8192 and 4.3e-3 at K = 28672. Rounding to bf16: 1.1e-3. (40, of which K = 8192 needs one where 32
-  // take two in half of the rows: all linears of a step of 2,048 tokens take 0.7 % less time.)
+  // these errors, as parts of the root of the sum of the squared products: after every 1, 4, 16, 32
+  // tiles 1.2e-4, 3.4e-4, 8.5e-4, 1.3e-3 on average (root of squares), without any 2.1e-3 at K = 8192
+  // and 4.3e-3 at K = 28672. Rounding to bf16: 1.1e-3.
   static constexpr bool kFolds = sizeof(Element) == 1 && !kInSlices;
-  static constexpr int kFoldTiles = 40, kOddFirstFold = 24;  // the latter in every second 64 rows
+  static constexpr int kFoldTiles = 32, kOddFirstFold = 20;  // the latter in every second 64 rows
 };
 
 // With more, a rehearsal (GemmConsumer::run) costs time: of all linears of a step of 2,048 tokens 1.7 % with
