@@ -65,7 +65,7 @@ void bench(int dim, int64_t num_tokens, bool add, int l2_bytes) {
                                           .eps = 1e-5f};
         add ? nf::add_rms_norm(p, config, stream) : nf::rms_norm(p, config, stream);
       });
-      const bool picked = config == nf::pick_norm_config(dim);
+      const bool picked = config == nf::pick_norm_config(dim, num_tokens);
       report((nf::to_string(config) + (picked ? " *" : "")).c_str(), us, moved_bytes);
     }
   }

@@ -131,7 +131,7 @@ struct Step {
                              .x_stride = kHidden,
                              .eps = 1e-5f,
                              .scale_per_token = false},
-                            nf::pick_norm_config(kHidden), stream);
+                            nf::pick_norm_config(kHidden, T), stream);
   }
 
   void attend(const Case& c, int block) const {

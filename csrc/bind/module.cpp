@@ -5,7 +5,6 @@
 
 #include "host/build_info.h"
 #include "host/linear_schedule.h"
-#include "host/norm_config.h"
 #ifdef NF_WITH_CUDA
 #include "kernels/common/check.h"
 #endif
@@ -60,13 +59,6 @@ py::dict device_info() {
 PYBIND11_MODULE(_C, m) {
   m.def("build_info", &build_info, "What this build contains.");
   m.def("device_info", &device_info, "The GPUs that the CUDA runtime sees, or the reason why it sees none.");
-
-  py::class_<nf::NormConfig>(m, "NormConfig")
-      .def_readonly("threads", &nf::NormConfig::threads)
-      .def_readonly("vecs_per_thread", &nf::NormConfig::vecs_per_thread)
-      .def("__repr__", [](const nf::NormConfig& c) { return "NormConfig(" + nf::to_string(c) + ")"; });
-  m.def("norm_config", &nf::pick_norm_config, py::arg("dim"),
-        "How the norm kernels lay a row of `dim` elements out.");
 
   m.def("linear_workspace_bytes", &nf::linear_workspace_bytes, py::arg("num_sms"),
         "Of the workspace of a packed linear.");

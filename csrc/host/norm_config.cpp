@@ -10,16 +10,19 @@ constexpr int kElementsPerVec = 8;  // 16 bytes of a 2-byte type
 constexpr int kWarp = 32;
 constexpr int kMaxThreads = 1024;
 
-// Up to here a row gets more threads rather than more vectors per thread (H200, E=8192, T=64: 512 x 2 take
-// 2.8 us, 256 x 4 take 3.4). Three such CTAs share an SM, so that one loads while another reduces.
-constexpr int kPreferredThreads = 512;
+// Threads per row are more than these only where 4 vectors each do not hold it. Few rows: what counts is how
+// long one takes. Many: what each thread does once a row. (To e4m3, E=8192, H100: 64 and 256 rows take 2.9
+// and 4.5 us with 512 x 2, 3.7 and 5.0 with 256 x 4; 512 and 2048 take 8.0 and 23.6, and 6.9 and 21.6.)
+constexpr int kFewRowsThreads = 512, kManyRowsThreads = 256;
+constexpr int64_t kFewRows = 256;
 
 }  // namespace
 
-NormConfig pick_norm_config(int dim) {
+NormConfig pick_norm_config(int dim, int64_t num_tokens) {
   NF_CHECK(dim > 0 && dim % kElementsPerVec == 0, "E=" + std::to_string(dim));
   const int vecs = dim / kElementsPerVec;
-  for (int max_threads : {kPreferredThreads, kMaxThreads}) {
+  for (int max_threads :
+       {num_tokens > kFewRows ? kManyRowsThreads : kFewRowsThreads, kFewRowsThreads, kMaxThreads}) {
     for (int vecs_per_thread : {1, 2, 4}) {
       const int lanes = (vecs + vecs_per_thread - 1) / vecs_per_thread;
       const int threads = (lanes + kWarp - 1) / kWarp * kWarp;

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <cstdint>
 #include <string>
 
 namespace nf {
@@ -12,9 +13,9 @@ struct NormConfig {
   bool operator==(const NormConfig&) const = default;
 };
 
-// Depends on E only, never on the number of tokens: the order of the sum, and so every bit of a row's result,
-// is the same alone and in a batch. Throws for an E that is not a multiple of 8 or that no config holds.
-NormConfig pick_norm_config(int dim);
+// For T rows. Makes no difference to the results. Throws for an E that is not a multiple of 8 or that no
+// config holds.
+NormConfig pick_norm_config(int dim, int64_t num_tokens);
 
 std::string to_string(const NormConfig& config);  // "512 threads x 2 vectors"
 

@@ -51,7 +51,7 @@ void rms_norm(Tensor out, Tensor x, Tensor weight, double eps) {
   dispatch_half_types(x, "x", [&](auto scalar) {
     using Scalar = decltype(scalar);
     const auto params = make_params<Scalar, Scalar>(out, nullptr, x, weight, eps);
-    nf::rms_norm(params, pick_norm_config(params.dim), current_stream(x));
+    nf::rms_norm(params, pick_norm_config(params.dim, params.num_tokens), current_stream(x));
   });
 }
 
@@ -62,7 +62,7 @@ void add_rms_norm(Tensor out, Tensor residual, Tensor x, Tensor weight, double e
   dispatch_half_types(x, "x", [&](auto scalar) {
     using Scalar = decltype(scalar);
     const auto params = make_params<Scalar, Scalar>(out, &residual, x, weight, eps);
-    nf::add_rms_norm(params, pick_norm_config(params.dim), current_stream(x));
+    nf::add_rms_norm(params, pick_norm_config(params.dim, params.num_tokens), current_stream(x));
   });
 }
 
@@ -79,7 +79,7 @@ void norm_to_fp8(const Tensor& out, const Tensor* residual, const Tensor& scale,
     params.scale_per_token = per_token;
     const auto norm = residual ? nf::add_rms_norm<decltype(scalar), __nv_fp8_e4m3>
                                : nf::rms_norm<decltype(scalar), __nv_fp8_e4m3>;
-    norm(params, pick_norm_config(params.dim), current_stream(x));
+    norm(params, pick_norm_config(params.dim, params.num_tokens), current_stream(x));
   });
 }
 

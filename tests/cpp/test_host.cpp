@@ -6,26 +6,34 @@
 namespace {
 
 void test_norm_config_of_real_models() {
-  EXPECT_EQ(nf::to_string(nf::pick_norm_config(8192)), "512 threads x 2 vectors");
-  EXPECT_EQ(nf::to_string(nf::pick_norm_config(16384)), "512 threads x 4 vectors");
-  EXPECT_EQ(nf::to_string(nf::pick_norm_config(4096)), "512 threads x 1 vectors");
-  EXPECT_EQ(nf::to_string(nf::pick_norm_config(576)), "96 threads x 1 vectors");
+  const auto picked = [](int dim, int64_t num_tokens) {
+    return nf::to_string(nf::pick_norm_config(dim, num_tokens));
+  };
+  EXPECT_EQ(picked(8192, 1), "512 threads x 2 vectors");
+  EXPECT_EQ(picked(16384, 64), "512 threads x 4 vectors");
+  EXPECT_EQ(picked(4096, 1), "512 threads x 1 vectors");
+  EXPECT_EQ(picked(576, 1), "96 threads x 1 vectors");
+  EXPECT_EQ(picked(8192, 256), "512 threads x 2 vectors");
+  EXPECT_EQ(picked(8192, 2048), "256 threads x 4 vectors");
+  EXPECT_EQ(picked(16384, 2048), "512 threads x 4 vectors");
 }
 
 void test_norm_config_holds_every_row() {
   for (int dim = 8; dim <= 32768; dim += 8) {
-    const nf::NormConfig c = nf::pick_norm_config(dim);
-    EXPECT_EQ(c.threads % 32, 0);
-    EXPECT_EQ(c.threads <= (c.vecs_per_thread < 4 ? 512 : 1024), true);  // what the kernel is built for
-    EXPECT_EQ(c.threads * c.vecs_per_thread * 8 >= dim, true);
-    EXPECT_EQ((c.threads - 32) * c.vecs_per_thread * 8 < dim, true);  // no idle warp
+    for (int64_t num_tokens : {1, 8192}) {
+      const nf::NormConfig c = nf::pick_norm_config(dim, num_tokens);
+      EXPECT_EQ(c.threads % 32, 0);
+      EXPECT_EQ(c.threads <= (c.vecs_per_thread < 4 ? 512 : 1024), true);  // what the kernel is built for
+      EXPECT_EQ(c.threads * c.vecs_per_thread * 8 >= dim, true);
+      EXPECT_EQ((c.threads - 32) * c.vecs_per_thread * 8 < dim, true);  // no idle warp
+    }
   }
 }
 
 void test_norm_config_rejects() {
-  testing::expect_throws([] { nf::pick_norm_config(0); }, "found E=0");
-  testing::expect_throws([] { nf::pick_norm_config(100); }, "found E=100");
-  testing::expect_throws([] { nf::pick_norm_config(32776); }, "want E <= 32768");
+  testing::expect_throws([] { nf::pick_norm_config(0, 1); }, "found E=0");
+  testing::expect_throws([] { nf::pick_norm_config(100, 1); }, "found E=100");
+  testing::expect_throws([] { nf::pick_norm_config(32776, 1); }, "want E <= 32768");
 }
 
 void test_build_info() {

@@ -331,7 +331,7 @@ void check_rows(Problem<T>& p, int num_tokens) {
                                               .x_stride = K,
                                               .eps = 1e-5f,
                                               .scale_per_token = sizeof(T) == 1},
-                   nf::pick_norm_config(K), p.stream);
+                   nf::pick_norm_config(K, num_tokens), p.stream);
   params.x_rows = {}, params.out_stats = nullptr, params.out = want.get();
   params.x = x.get(), params.x_scale = sizeof(T) == 1 ? scale.get() : nullptr;
   nf::packed_linear<T>(params, p.stream);

@@ -17,8 +17,9 @@ constexpr float kEps = 1e-5f;
 struct Case {
   int num_tokens, dim, padding;  // padding: elements between the end of a row and the next
 };
-const Case kCases[] = {{0, 64, 0},   {1, 8, 0},    {1, 8192, 0},    {2, 16384, 0}, {3, 576, 64},
-                       {7, 4104, 8}, {65, 256, 0}, {5, 8192, 8192}, {2, 32768, 0}};
+const Case kCases[] = {{0, 64, 0},    {1, 8, 0},      {1, 8192, 0},  {2, 16384, 0},
+                       {3, 576, 64},  {7, 4104, 8},   {65, 256, 0},  {5, 8192, 8192},
+                       {2, 32768, 0}, {257, 8192, 8}, {300, 1000, 0}};
 
 float to_float(__nv_bfloat16 v) { return __bfloat162float(v); }
 float to_float(__half v) { return __half2float(v); }
@@ -67,7 +68,7 @@ Result<T> run_norm(const Case& c, bool add, const std::vector<T>& x, const std::
                                     .eps = kEps};
   cudaStream_t stream;
   NF_CUDA(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
-  const nf::NormConfig config = nf::pick_norm_config(c.dim);
+  const nf::NormConfig config = nf::pick_norm_config(c.dim, c.num_tokens);
   add ? nf::add_rms_norm(params, config, stream) : nf::rms_norm(params, config, stream);
   NF_CUDA(cudaStreamSynchronize(stream));
   NF_CUDA(cudaStreamDestroy(stream));
@@ -83,7 +84,8 @@ void check_case(const Case& c, bool add) {
   const Result<T> again = run_norm(c, add, x, residual, weight);
   EXPECT_EQ(std::memcmp(result.out.data(), again.out.data(), result.out.size() * sizeof(T)), 0);
 
-  // Two roundings, each of half a unit in the last place (2^-10 and 2^-7), and half a unit for the FP32 arithmetic.
+  // Two roundings, each of half a unit in the last place (2^-10 and 2^-7), and half a unit for the FP32
+  // arithmetic.
   const double tolerance = 1.5 * (std::is_same_v<T, __half> ? 0x1p-10 : 0x1p-7);
   for (int t = 0; t < c.num_tokens; ++t) {
     std::vector<T> row(c.dim);
@@ -110,7 +112,7 @@ void check_rejects() {
   nf::RmsNormParams<__half> p{};
   p.num_tokens = 1;
   p.dim = 64;
-  const nf::NormConfig config = nf::pick_norm_config(64);
+  const nf::NormConfig config = nf::pick_norm_config(64, 1);
   testing::expect_throws([&] { nf::add_rms_norm(p, config, nullptr); }, "no residual");
   p.x_stride = 63;
   testing::expect_throws([&] { nf::rms_norm(p, config, nullptr); }, "stride 63");

@@ -153,12 +153,11 @@ struct StripOutput {
       }
       __nv_bfloat162* out = residual_at(token, h);
       if (p.epilogue == Epilogue::kAdd) {
-        const float2 residual = __bfloat1622float2(residuals[group][h]);
+        const float2 residual = widen_bf16(residuals[group][h]);
         const __nv_bfloat162 sum =
             pack_bf16({residual.x + to_bf16(y[h].v[0]), residual.y + to_bf16(y[h].v[1])});
         *out = sum;
-        if (p.out_stats)
-          stats = merge_stats(stats, pair_stats(__bfloat1622float2(sum), __bfloat1622float2(norm_weight[h])));
+        if (p.out_stats) stats = merge_stats(stats, pair_stats(widen_bf16(sum), widen_bf16(norm_weight[h])));
       } else {
         *out = pack_bf16(y[h]);
       }

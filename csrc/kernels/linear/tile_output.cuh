@@ -72,9 +72,6 @@ __device__ __forceinline__ uint32_t bits_of(__nv_bfloat162 v) {
   memcpy(&bits, &v, sizeof(bits));
   return bits;
 }
-__device__ __forceinline__ float2 widen_bf16(uint32_t bits) {
-  return {__uint_as_float(bits << 16), __uint_as_float(bits & 0xffff0000u)};
-}
 
 // A warpgroup's 64 rows of a tile: what is left to store of its last tile; and, once that is stored, the
 // upper parts of sums of the present one. C has kTokens and kFolds.

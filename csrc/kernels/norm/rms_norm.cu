@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // RMS norm and residual add + RMS norm, also with the result as e4m3. Grid (T); one CTA = one row, held in
 // registers between its one read and its one write. Bandwidth bound: moves 2*T*E elements (4*T*E with a
-// residual) and E weights.
+// residual) and E weights; to e4m3 nearly as much bound by its some 18 instructions an element.
 #include <climits>
 #include <string>
 #include <type_traits>
@@ -25,10 +25,8 @@ struct Config {
   static constexpr bool kFp8 = std::is_same_v<Out, __nv_fp8_e4m3>;
   static constexpr bool kScalesRows = kScalesRows_;  // does each row of an e4m3 result get its own scale?
   using Stats = std::conditional_t<kScalesRows, float2, float>;
-  // Caps the registers: 42 a thread for three CTAs an SM; 64 for the long rows, which take all of one CTA's
-  // threads.
   static constexpr int kMaxThreads = kVecs < 4 ? 512 : 1024;
-  static constexpr int kMinCtas = kVecs < 4 ? 3 : 1;
+  static constexpr int kMinCtas = 1024 / kMaxThreads;  // at most 64 registers a thread
 };
 
 // Of the row, a thread's i-th vector.
@@ -46,61 +44,63 @@ __device__ __forceinline__ Vec<Scalar> add(const Vec<Scalar>& residual, const Ve
   return sum;
 }
 
-// The statistics of the CTA's row, of which each thread has some vectors, added as row_stats.h has it.
 template <class C>
-__device__ __forceinline__ typename C::Stats row_stats(Vec<typename C::Scalar> (&r_row)[C::kVecs],
-                                                       const Vec<typename C::Scalar> (&r_weight)[C::kVecs],
-                                                       int num_vecs) {
+using Row = Vec<typename C::Scalar>[C::kVecs];  // a thread's part
+
+template <class C>
+__device__ __forceinline__ void load_row(Row<C>& to, const typename C::Scalar* from, int num_vecs) {
+#pragma unroll
+  for (int i = 0; i < C::kVecs; ++i)
+    to[i] = vec_idx(i) < num_vecs ? load_vec(from, vec_idx(i)) : Vec<typename C::Scalar>{};
+}
+
+// r_row += the row of the residual, which gets the sum, too.
+template <class C>
+__device__ __forceinline__ void add_to_residual(Row<C>& r_row, typename C::Scalar* residual, int num_vecs) {
+  Row<C> r_residual;  // loaded before the first store, which might alias it
+  load_row<C>(r_residual, residual, num_vecs);
+#pragma unroll
+  for (int i = 0; i < C::kVecs; ++i) {
+    if (vec_idx(i) >= num_vecs) continue;
+    r_row[i] = add(r_residual[i], r_row[i]);
+    store_vec(residual, vec_idx(i), r_row[i]);
+  }
+}
+
+// The statistics of the CTA's row, added as row_stats.h has it.
+template <class C>
+__device__ __forceinline__ typename C::Stats row_stats(Row<C>& r_row, const Row<C>& r_weight, int num_vecs) {
   using Stats = typename C::Stats;
-  constexpr int kBlockLanes = 16;
-  __shared__ Stats s_blocks[C::kMaxThreads * C::kVecs / kBlockLanes];
+  __shared__ alignas(16) Stats s_strips[C::kMaxThreads * C::kVecs / kStripLanes];
 #pragma unroll
   for (int i = 0; i < C::kVecs; ++i) {
     r_row[i].keep_packed();
-    const Stats block = block_stats<Stats>(r_row[i], r_weight[i]);
-    if (vec_idx(i) < num_vecs && vec_idx(i) % kBlockLanes == 0) s_blocks[vec_idx(i) / kBlockLanes] = block;
+    const Stats strip = strip_stats<Stats>(r_row[i], r_weight[i]);
+    if (vec_idx(i) % kStripLanes == 0) s_strips[vec_idx(i) / kStripLanes] = strip;
   }
-  __syncthreads();  // s_blocks are complete
-  return merge_blocks<1>((num_vecs + kBlockLanes - 1) / kBlockLanes, [&](int i) { return s_blocks[i]; });
+  __syncthreads();  // s_strips are complete
+  return merge_blocks<2>((num_vecs + kBlockLanes - 1) / kBlockLanes, [&](int i) {
+    return block_stats<Stats>([&](int strip) { return s_strips[i * kBlockStrips + strip]; });
+  });
 }
 
 template <class C>
 __global__ void __launch_bounds__(C::kMaxThreads, C::kMinCtas)
     rms_norm_kernel(const RmsNormParams<typename C::Scalar, typename C::Out> p) {
-  using Scalar = typename C::Scalar;
-  using Row = Vec<Scalar>[C::kVecs];
-  const int num_vecs = p.dim / Vec<Scalar>::kElements;
-  const auto load = [num_vecs](Row& to, const Scalar* from) {
-#pragma unroll
-    for (int i = 0; i < C::kVecs; ++i)
-      to[i] = vec_idx(i) < num_vecs ? load_vec(from, vec_idx(i)) : Vec<Scalar>{};
-  };
-
+  const int num_vecs = p.dim / Vec<typename C::Scalar>::kElements;
   let_successor_start();
   // The weight depends on no kernel of the step: it is loaded while the predecessor still runs, where
   // registers allow.
-  Row r_weight;
-  if (C::kVecs < 4) load(r_weight, p.weight);
+  Row<C> r_weight, r_row;
+  if constexpr (C::kVecs < 4) load_row<C>(r_weight, p.weight, num_vecs);
   wait_for_predecessor();
 
-  // All loads before the first store, which might alias them and so would hold them back.
   const int64_t row = blockIdx.x;
-  Scalar* residual = C::kAdd ? p.residual + row * p.residual_stride : nullptr;
-  typename C::Out* out = p.out + row * p.out_stride;
-  Row r_row, r_residual;
-  load(r_row, p.x + row * p.x_stride);
-  if constexpr (C::kAdd) load(r_residual, residual);
+  load_row<C>(r_row, p.x + row * p.x_stride, num_vecs);
   float scale = 0.0f;
   if (C::kFp8 && !C::kScalesRows) scale = *p.scale;
-  if constexpr (C::kAdd) {
-#pragma unroll
-    for (int i = 0; i < C::kVecs; ++i) {
-      if (vec_idx(i) >= num_vecs) continue;
-      r_row[i] = add(r_residual[i], r_row[i]);
-      store_vec(residual, vec_idx(i), r_row[i]);
-    }
-  }
-  if (C::kVecs == 4) load(r_weight, p.weight);
+  if constexpr (C::kAdd) add_to_residual<C>(r_row, p.residual + row * p.residual_stride, num_vecs);
+  if constexpr (C::kVecs == 4) load_row<C>(r_weight, p.weight, num_vecs);
   const auto stats = row_stats<C>(r_row, r_weight, num_vecs);
   float inv_rms;
   if constexpr (C::kScalesRows) {
@@ -112,6 +112,7 @@ __global__ void __launch_bounds__(C::kMaxThreads, C::kMinCtas)
   }
   const Divisor divisor = scale;
 
+  typename C::Out* out = p.out + row * p.out_stride;
 #pragma unroll
   for (int i = 0; i < C::kVecs; ++i) {
     if (vec_idx(i) >= num_vecs) continue;

@@ -1,14 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 // Statistics of rows. Grid (slices of X, T), 16 threads for a block of 128 columns. Bandwidth bound: one read
 // of x.
-#include "kernels/norm/row_stats.h"
-
 #include <climits>
 #include <string>
 
 #include "kernels/common/check.h"
 #include "kernels/common/launch.h"
 #include "kernels/norm/row_stats.cuh"
+#include "kernels/norm/row_stats.h"
 
 namespace nf {
 namespace {
@@ -16,8 +15,7 @@ namespace {
 using Bf16 = __nv_bfloat16;
 constexpr int kThreads = 256;
 constexpr int kVecElements = Vec<Bf16>::kElements;
-constexpr int kBlockLanes = kStatsBlock / kVecElements;
-static_assert(kBlockLanes == 16);  // as block_stats() has it
+static_assert(kBlockLanes == kStatsBlock / kVecElements);
 
 __device__ __forceinline__ Vec<Bf16> ones() {
   constexpr uint32_t kOnes = 0x3F803F80u;
@@ -32,7 +30,8 @@ __global__ void __launch_bounds__(kThreads) row_stats_kernel(const MakeRowStatsP
   wait_for_predecessor();
   const int64_t token = blockIdx.y;
   const Vec<Bf16> x = inside ? load_vec(p.x + token * p.x_stride, vec) : Vec<Bf16>{};
-  const float2 stats = block_stats<float2>(x, weight);
+  const float2 of_strip = strip_stats<float2>(x, weight),
+               stats = block_stats<float2>([&](int i) { return shuffle(of_strip, kStripLanes * i); });
   const int num_blocks = (p.dim + kStatsBlock - 1) / kStatsBlock;
   if (inside && vec % kBlockLanes == 0) p.stats[token * num_blocks + vec / kBlockLanes] = stats;
 }

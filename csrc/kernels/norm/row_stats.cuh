@@ -34,17 +34,17 @@ __device__ __forceinline__ float2 shuffle_xor(float2 v, int mask) {
 }
 
 // Lane `lane`'s of each 16.
-__device__ __forceinline__ float shuffle(float v, int lane) { return __shfl_sync(kFullWarp, v, lane, 16); }
 __device__ __forceinline__ float2 shuffle(float2 v, int lane) {
-  return {shuffle(v.x, lane), shuffle(v.y, lane)};
+  return {__shfl_sync(kFullWarp, v.x, lane, 16), __shfl_sync(kFullWarp, v.y, lane, 16)};
 }
 
-// Of a block of 128 columns of which 16 neighbouring lanes have 8 each (zeros beyond the row), in all of
-// them. Added in the order in which the epilogue of packed_linear adds, so that it makes no difference to a
-// row who made its statistics: strips of 16 columns, within a strip as a wgmma fragment has them. Stats:
-// float2 or float.
+constexpr int kStripLanes = 2, kBlockStrips = 8, kBlockLanes = kStripLanes * kBlockStrips;
+
+// Of a strip of 16 columns of which two neighbouring lanes have 8 each (zeros beyond the row), in both. Added
+// in the order in which the epilogue of packed_linear adds, so that it makes no difference to a row who made
+// its statistics: blocks of strips, within a strip as a wgmma fragment has them. Stats: float2 or float.
 template <class Stats, class Scalar>
-__device__ __forceinline__ Stats block_stats(const Vec<Scalar>& x, const Vec<Scalar>& weight) {
+__device__ __forceinline__ Stats strip_stats(const Vec<Scalar>& x, const Vec<Scalar>& weight) {
   Stats pair[4];
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
@@ -55,10 +55,15 @@ __device__ __forceinline__ Stats block_stats(const Vec<Scalar>& x, const Vec<Sca
       pair[i] = both;
     pair[i] = merge_stats(pair[i], shuffle_xor(pair[i], 1));
   }
-  const Stats strip = merge_stats(merge_stats(pair[0], pair[1]), merge_stats(pair[2], pair[3]));
+  return merge_stats(merge_stats(pair[0], pair[1]), merge_stats(pair[2], pair[3]));
+}
+
+// Of a block of 128 columns; `strip(i)` gives its i-th strip's.
+template <class Stats, class F>
+__device__ __forceinline__ Stats block_stats(F&& strip) {
   Stats block{};
 #pragma unroll
-  for (int i = 0; i < 8; ++i) block = merge_stats(block, shuffle(strip, 2 * i));
+  for (int i = 0; i < kBlockStrips; ++i) block = merge_stats(block, strip(i));
   return block;
 }
 
@@ -71,12 +76,13 @@ __device__ __forceinline__ float own_fp8_scale(float largest, float inv_rms) {
   return scale < kMinScale ? kMinScale : scale;  // NaN stays
 }
 
-// A row's statistics from those of its blocks, by one warp, the same in each lane; `block(i)` gives a block's.
-// kAtOnce: loads under way.
+// A row's statistics from those of its blocks, by one warp, the same in each lane; `block(i)` gives a
+// block's. kAtOnce: loads under way.
 template <int kAtOnce, class F>
 __device__ __forceinline__ auto merge_blocks(int num_blocks, F&& block) {
   using Stats = decltype(block(0));
   Stats row{};
+#pragma unroll 1
   for (int first = int(threadIdx.x % kWarpSize); first < num_blocks; first += kAtOnce * kWarpSize) {
     Stats part[kAtOnce];
 #pragma unroll
@@ -102,9 +108,8 @@ __device__ __forceinline__ RowFactors row_factors(const RowStatsParams& p, int64
 template <class Pair>
 __device__ __forceinline__ Pair normalize(Pair v, float inv_rms, Pair weight) {
   using Scalar = std::conditional_t<std::is_same_v<Pair, __half2>, __half, __nv_bfloat16>;
-  const float2 f = PairOf<Scalar>::widen(v), w = PairOf<Scalar>::widen(weight);
-  const float2 n = round_through<Scalar>({f.x * inv_rms, f.y * inv_rms});
-  return PairOf<Scalar>::round({n.x * w.x, n.y * w.y});
+  const float2 f = PairOf<Scalar>::widen(v);
+  return __hmul2_rn(PairOf<Scalar>::round({f.x * inv_rms, f.y * inv_rms}), weight);
 }
 
 template <class Scalar>

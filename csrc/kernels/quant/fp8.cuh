@@ -41,11 +41,12 @@ struct Divisor {
 };
 
 // x / scale, rounded as a division is (Markstein: one Newton step from a correctly rounded reciprocal), where
-// that matters to e4m3. The compiler's division would call a subroutine for unusual exponents. The step loses
-// the sign of a zero, which q has.
+// that matters to e4m3. The compiler's division would call a subroutine for unusual exponents. (The remainder
+// is q * scale - x, not what is left of x: so a zero keeps its sign.)
 __device__ __forceinline__ float quotient(float x, const Divisor& scale) {
   const float q = x * scale.inverse;
-  return fabsf(q) < 2.0f * kMaxFp8 ? copysignf(fmaf(fmaf(-q, scale.value, x), scale.inverse, q), q) : q;
+  const float rounded = fmaf(-fmaf(q, scale.value, -x), scale.inverse, q);
+  return fabsf(q) < 2.0f * kMaxFp8 ? rounded : q;
 }
 
 // round_e4m3(v / scale), saturating, two values in the low 16 bits. Not v * (1 / scale), which would round

@@ -85,6 +85,7 @@ NORM_TESTS = (
     *(NormCase(T, E, add) for T, E, add in product((1, 2, 7, 65), (256, 576, 4096, 8192, 16384), (False, True))),
     *(NormCase(T, 8192, add) for T, add in product((0, 64, 1024), (False, True))),
     *(NormCase(5, E, add, strided=True) for E, add in product((576, 8192), (False, True))),
+    *(NormCase(T, E, add=True) for T, E in ((300, 16384), (600, 1040))),  # many rows: another config
     NormCase(3, 8),  # one vector
     NormCase(3, 4104, add=True),  # one vector more than a full CTA
     NormCase(2, 32768),  # the widest row
