@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from nemotron_fast import ops, reference
+from nemotron_fast import ops, reference, reference_attention
 from nemotron_fast.testing import cases, compare, runner
 
 PAGE = 64
@@ -111,7 +111,7 @@ def our_rope_append(s: list[Tensor]) -> None:
 
 
 def torch_rope_append(s: list[Tensor]) -> None:
-    reference.rope_append(*s, 1.0, 1.0)
+    reference_attention.rope_append(*s, 1.0, 1.0, len(s[0]))
 
 
 def make_rope(case: cases.RopeCase, device: torch.device) -> list[Tensor]:

@@ -151,7 +151,8 @@ PrefillAttentionParams<Scalar> prefill_params(const AttentionParams<Scalar>& p, 
 
 void attention(Tensor out, Tensor q, Tensor k_cache, Tensor v_cache, Tensor page_table, Tensor q_start,
                Tensor kv_len, double softmax_scale, double k_scale, double v_scale,
-               std::optional<Tensor> out_scale, bool fp8_products, bool per_query) {
+               std::optional<Tensor> out_scale, std::optional<Tensor> cos_sin, bool fp8_products,
+               bool per_query) {
   if (q.dim() != 3) reject("q", "has " + std::to_string(q.dim()) + " dims, want 3");
   if (k_cache.dim() != 4) reject("k_cache", "has " + std::to_string(k_cache.dim()) + " dims, want 4");
   if (q.size(2) != k_cache.size(3))
@@ -163,6 +164,12 @@ void attention(Tensor out, Tensor q, Tensor k_cache, Tensor v_cache, Tensor page
   const DeviceGuard guard(q.get_device_index());
   if (fp8_products) check_fp8_products(k_cache);
   if (fp8_products && per_query) reject("q", "fp8_products are of many queries, want no per_query");
+  if (cos_sin) {
+    check_cos_sin(*cos_sin, q, q.size(2));
+    if (per_query) reject("q", "cos_sin is for many queries, want no per_query");
+    if (!has_prefill_attention())
+      reject("q", "is on a GPU without the kernel of prompts, want sm_90a for cos_sin; rotate q before");
+  }
   const cudaStream_t stream = current_stream(q);
   dispatch_half_types(q, "q", [&](auto scalar) {
     using Scalar = decltype(scalar);
@@ -174,9 +181,11 @@ void attention(Tensor out, Tensor q, Tensor k_cache, Tensor v_cache, Tensor page
     // that matters only if prompts are computed in another way.) Each kernel leaves the other's sequences
     // alone, which only the GPU tells apart. A lone sequence has all the tokens.
     const bool has_prompt = !per_query && p.num_tokens > kMostDecodeQueries &&
-                            (p.num_tokens > p.num_seqs || fp8_products) && has_prefill_attention();
+                            (p.num_tokens > p.num_seqs || fp8_products || cos_sin) && has_prefill_attention();
     if (has_prompt) {
-      nf::prefill_attention(prefill_params(p, k_cache.size(0), fp8_products), stream);
+      PrefillAttentionParams<Scalar> prompts = prefill_params(p, k_cache.size(0), fp8_products);
+      if (cos_sin) prompts.cos_sin = cptr<float>(*cos_sin), prompts.cos_sin_stride = row_stride(*cos_sin);
+      nf::prefill_attention(prompts, stream);
       if (p.num_seqs == 1) return;
       p.most_queries = kMostDecodeQueries;
     }
@@ -196,10 +205,7 @@ void decode_attention(Tensor out, Tensor qkv, Tensor k_cache, Tensor v_cache, Te
   check_rows(qkv, "qkv");
   check_out(out, out_scale, qkv);
   check_shape(out, {T, H, D}, "out");
-  check_device(cos_sin, qkv, "cos_sin");
-  check_dtype(cos_sin, ScalarType::Float, "cos_sin");
-  check_shape(cos_sin, {cos_sin.size(0), D}, "cos_sin");
-  check_rows(cos_sin, "cos_sin");
+  check_cos_sin(cos_sin, qkv, D);
 
   const DeviceGuard guard(qkv.get_device_index());
   dispatch_half_types(qkv, "qkv", [&](auto scalar) {

@@ -27,4 +27,12 @@ inline bool check_caches(const Tensor& k_cache, const Tensor& v_cache, const Ten
   return fp8;
 }
 
+// [positions, D] float32: cos, then sin.
+inline void check_cos_sin(const Tensor& cos_sin, const Tensor& activations, int64_t D) {
+  check_device(cos_sin, activations, "cos_sin");
+  check_dtype(cos_sin, ScalarType::Float, "cos_sin");
+  check_shape(cos_sin, {cos_sin.size(0), D}, "cos_sin");
+  check_rows(cos_sin, "cos_sin");
+}
+
 }  // namespace nf::ops

@@ -42,11 +42,11 @@ STABLE_TORCH_LIBRARY(nemotron_fast, m) {
 
   m.def(
       "rope_append(Tensor(a!) qkv, Tensor(b!) k_cache, Tensor(c!) v_cache, Tensor cos_sin, Tensor positions, "
-      "Tensor slots, float k_scale, float v_scale) -> ()");
+      "Tensor slots, float k_scale, float v_scale, int num_rotated) -> ()");
   m.def(
       "attention(Tensor(a!) out, Tensor q, Tensor k_cache, Tensor v_cache, Tensor page_table, Tensor "
-      "q_start, Tensor kv_len, float softmax_scale, float k_scale, float v_scale, Tensor? out_scale, bool "
-      "fp8_products=False, bool per_query=False) -> ()");
+      "q_start, Tensor kv_len, float softmax_scale, float k_scale, float v_scale, Tensor? out_scale, "
+      "Tensor? cos_sin=None, bool fp8_products=False, bool per_query=False) -> ()");
   m.def(
       "decode_attention(Tensor(a!) out, Tensor qkv, Tensor(b!) k_cache, Tensor(c!) v_cache, Tensor cos_sin, "
       "Tensor page_table, Tensor q_start, Tensor kv_len, float softmax_scale, float k_scale, float v_scale, "

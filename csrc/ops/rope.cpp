@@ -8,7 +8,7 @@ namespace nf::ops {
 namespace {
 
 void rope_append(Tensor qkv, Tensor k_cache, Tensor v_cache, Tensor cos_sin, Tensor positions, Tensor slots,
-                 double k_scale, double v_scale) {
+                 double k_scale, double v_scale, int64_t num_rotated) {
   if (qkv.dim() != 2) reject("qkv", "has " + std::to_string(qkv.dim()) + " dims, want 2");
   if (k_cache.dim() != 4) reject("k_cache", "has " + std::to_string(k_cache.dim()) + " dims, want 4");
   const int64_t T = qkv.size(0), X = qkv.size(1), P = k_cache.size(0), K = k_cache.size(1);
@@ -19,10 +19,7 @@ void rope_append(Tensor qkv, Tensor k_cache, Tensor v_cache, Tensor cos_sin, Ten
                       ", D=" + std::to_string(D));
   check_rows(qkv, "qkv");
   const bool fp8 = check_caches(k_cache, v_cache, qkv);
-  check_device(cos_sin, qkv, "cos_sin");
-  check_dtype(cos_sin, ScalarType::Float, "cos_sin");
-  check_shape(cos_sin, {cos_sin.size(0), D}, "cos_sin");
-  check_rows(cos_sin, "cos_sin");
+  check_cos_sin(cos_sin, qkv, D);
   check_vector(positions, T, ScalarType::Long, qkv, "positions");
   check_vector(slots, T, ScalarType::Long, qkv, "slots");
 
@@ -39,6 +36,7 @@ void rope_append(Tensor qkv, Tensor k_cache, Tensor v_cache, Tensor cos_sin, Ten
             .positions = cptr<int64_t>(positions),
             .slots = cptr<int64_t>(slots),
             .num_tokens = T,
+            .num_rotated = num_rotated,
             .num_heads = int(H),
             .num_kv_heads = int(K),
             .head_dim = int(D),

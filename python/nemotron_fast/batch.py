@@ -4,10 +4,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 from torch import Tensor
 
 from nemotron_fast.pages import PAGE_SIZE
+from nemotron_fast.reference_attention import MOST_DECODE_QUERIES
 from nemotron_fast.request import Request
 from nemotron_fast.scheduler import Chunk
 
@@ -28,6 +30,7 @@ class Batch:
     q_start: Tensor  # [S + 1] int64, first token of each sequence; tokens behind the last are padding
     kv_len: Tensor  # [S] int64, cached tokens including this step's
     logit_rows: Tensor  # [R] int64, tokens whose logits are wanted: the sampled ones first, then prompt_rows
+    num_few: int  # tokens of sequences with at most MOST_DECODE_QUERIES in this step, which come first
     decodes: bool  # every sequence computes one token, its last, or in a padded batch none
 
 
@@ -61,15 +64,23 @@ class Rows:
     prompt_rows: list[PromptRows] = field(default_factory=list)
 
     @property
+    def num_few(self) -> int:
+        counts = (end - start for start, end in pairwise(self.q_start))
+        return sum(count for count in counts if count <= MOST_DECODE_QUERIES)
+
+    @property
     def decodes(self) -> bool:
         return len(self.token_ids) == len(self.kv_len)
 
 
 def gather_rows(chunks: list[Chunk], num_seqs: int) -> Rows:
-    """The rows of `chunks`, whose pages must cover their tokens; at most `num_seqs` sequences were sampled before."""
+    """The rows of `chunks`, whose pages must cover their tokens; at most `num_seqs` sequences were sampled before.
+
+    The chunks of few tokens come first.
+    """
     rows = Rows()
     wanted: list[int] = []
-    for chunk in chunks:
+    for chunk in sorted(chunks, key=lambda chunk: chunk.stop - chunk.start > MOST_DECODE_QUERIES):
         request, start, stop = chunk.request, chunk.start, chunk.stop
         base = len(rows.token_ids)
         rows.sources += range(num_seqs + base, num_seqs + base + stop - start)

@@ -12,7 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nemotron_fast import _C, packing, reference, reference_sampling  # noqa: F401  (_C defines the schemas)
+from nemotron_fast import (
+    _C,  # noqa: F401  (defines the schemas)
+    packing,
+    reference,
+    reference_attention,
+    reference_sampling,
+)
 from nemotron_fast.reference import RowStats
 
 
@@ -125,9 +131,9 @@ _KERNELS = {
     "packed_linear_add": _packed_linear_add,
     "packed_swiglu": _packed_swiglu,
     "silu_mul": _returns(reference.silu_mul),
-    "rope_append": reference.rope_append,
-    "attention": _returns(reference.attention),
-    "decode_attention": _returns(reference.decode_attention),
+    "rope_append": reference_attention.rope_append,
+    "attention": _returns(reference_attention.attention),
+    "decode_attention": _returns(reference_attention.decode_attention),
     "penalize": reference_sampling.penalize,
     "sample": _returns(reference_sampling.sample),
     "top_logprobs": _top_logprobs,

@@ -63,6 +63,7 @@ class Inputs:
     q_start: Tensor
     kv_len: Tensor
     logit_rows: Tensor
+    num_few: int
     decodes: bool
     sampling: SamplingRows
 
@@ -75,6 +76,7 @@ class Inputs:
             self.q_start,
             self.kv_len,
             self.logit_rows,
+            self.num_few,
             self.decodes,
         )
 
@@ -191,6 +193,7 @@ class Executor:
             q_start,
             kv_len,
             logit_rows,
+            rows.num_few,
             rows.decodes,
             SamplingRows(*sampling),
         )
@@ -226,6 +229,7 @@ class Executor:
             q_start,
             kv_len,
             self._count[:size],
+            size,
             True,
             SamplingRows(*sampling),
         )

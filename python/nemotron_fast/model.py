@@ -71,8 +71,12 @@ class Model:
         scales["out_scale"] = given_scale(block.o)
         if batch.decodes:
             return ops.decode_attention(qkv_TX, k_cache, v_cache, self._cos_sin, *sequences, **scales).flatten(1)
+        attention_rotates = not self._attention_options["per_query"]  # q of all but the few
         slots = (self._cos_sin, batch.positions, batch.slots)
-        ops.rope_append(qkv_TX, k_cache, v_cache, *slots, k_scale=block.k_scale, v_scale=block.v_scale)
+        cache_scales = {"k_scale": block.k_scale, "v_scale": block.v_scale}
+        num_rotated = batch.num_few if attention_rotates else None
+        ops.rope_append(qkv_TX, k_cache, v_cache, *slots, num_rotated=num_rotated, **cache_scales)
         q_THD = qkv_TX.unflatten(1, (-1, dim))[:, : -2 * num_kv]
         options = scales | self._attention_options
+        options["cos_sin"] = self._cos_sin if attention_rotates else None
         return ops.attention(q_THD, k_cache, v_cache, *sequences, **options).flatten(1)

@@ -191,6 +191,7 @@ struct Problem {
                            .positions = d_positions->get(),
                            .slots = d_slots->get(),
                            .num_tokens = T,
+                           .num_rotated = T,
                            .num_heads = H,
                            .num_kv_heads = K,
                            .head_dim = D,

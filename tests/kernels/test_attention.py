@@ -95,6 +95,29 @@ def test_attention_takes_queries_as_a_strided_view():
     assert torch.equal(quantised.float(), ops.quantize_fp8(want, out_scale).float())
 
 
+@pytest.mark.parametrize("fp8_products", [False, True])
+def test_attention_rotates_queries_of_prompts(fp8_products):
+    """As rope_append does; sequences of at most 8 queries have rotated ones."""
+    H, K, D = 4, 2, 128
+    shape, q_start = [(8, 20), (9, 9), (1, 5), (30, 64)], torch.tensor([0, 8, 17, 18, 48])
+    cache_dtype = FP8 if fp8_products else torch.float32
+    caches = [torch.randn(4, K, PAGE, D).to(cache_dtype) for _ in "kv"]
+    table, kv_len = torch.arange(4)[:, None], torch.tensor([length for _, length in shape])
+    angles = torch.rand(64, D // 2) * 6
+    cos_sin = torch.cat((angles.cos(), angles.sin()), -1)
+    positions = torch.cat([torch.arange(length - new, length) for new, length in shape])
+    qkv = torch.randn(48, (H + 2 * K) * D)
+    q, want_qkv = qkv.view(48, -1, D)[:, :H].clone(), qkv.clone()
+    ops.rope_append(want_qkv, *(torch.zeros(1, K, PAGE, D) for _ in "kv"), cos_sin, positions, torch.arange(48))
+    rotated = want_qkv.view(48, -1, D)[:, :H]
+    rotated[:8], rotated[17] = q[:8], q[17]
+    options = {"softmax_scale": D**-0.5, "fp8_products": fp8_products}
+    found = ops.attention(q, *caches, table, q_start, kv_len, cos_sin=cos_sin, **options)
+    assert torch.equal(found, ops.attention(rotated, *caches, table, q_start, kv_len, **options))
+    with pytest.raises(RuntimeError, match="cos_sin is for many queries, want no per_query"):
+        ops.attention(q, *caches, table, q_start, kv_len, cos_sin=cos_sin, softmax_scale=1.0, per_query=True)
+
+
 @pytest.mark.parametrize("dtype,rtol,atol", [(torch.float64, 1e-6, 1e-7), (torch.bfloat16, 2**-7, 2**-6)])
 @pytest.mark.parametrize("H,K", [(4, 4), (9, 3), (8, 1)])
 def test_fp8_products(H, K, dtype, rtol, atol, monkeypatch):

@@ -59,7 +59,7 @@ class Problem:
         self.q_start = torch.tensor([0, *torch.tensor(new).cumsum(0).tolist()], device="cuda")
         self.kv_len = torch.tensor([n for _, n in self.shape], device="cuda")
 
-    def run(self, rows: slice = slice(None), out_scale: Tensor | None = None) -> Tensor:
+    def run(self, rows: slice = slice(None), out_scale: Tensor | None = None, cos_sin: Tensor | None = None) -> Tensor:
         """The op on all sequences, or on some as if they were the batch."""
         first = self.q_start[:-1][rows][0]
         q_start = torch.cat((self.q_start[:-1][rows], self.q_start[1:][rows][-1:])) - first
@@ -75,6 +75,7 @@ class Problem:
             k_scale=self.k_scale,
             v_scale=self.v_scale,
             out_scale=out_scale,
+            cos_sin=cos_sin,
             fp8_products=self.fp8_products,
             per_query=self.per_query,
             out=out,

@@ -28,9 +28,10 @@ def test_silu_mul(T, F, dtype):
     assert_close(out_TF, gate / (1 + (-gate).exp()) * up, rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
 
 
+@pytest.mark.parametrize("num_rotated", [6, 2, 0])
 @pytest.mark.parametrize("cache_dtype", [torch.float32, torch.bfloat16, FP8])
 @pytest.mark.parametrize("H,K,D", [(4, 1, 64), (3, 3, 80), (8, 2, 128)])
-def test_rope_append(H, K, D, cache_dtype):
+def test_rope_append(H, K, D, cache_dtype, num_rotated):
     T, num_pages = 6, 5
     qkv_TX = torch.randn(T, (H + 2 * K) * D)
     angles = torch.rand(200, D // 2) * 6
@@ -39,7 +40,7 @@ def test_rope_append(H, K, D, cache_dtype):
     slots = torch.tensor([0, 65, 319, 100, 101, 255])
     caches = [torch.full((num_pages, K, PAGE, D), -9.0).to(cache_dtype) for _ in "kv"]
     before = qkv_TX.double().view(T, -1, D)
-    ops.rope_append(qkv_TX, *caches, cos_sin, positions, slots, k_scale=0.5, v_scale=2.0)
+    ops.rope_append(qkv_TX, *caches, cos_sin, positions, slots, k_scale=0.5, v_scale=2.0, num_rotated=num_rotated)
 
     # half-split rotation as complex multiplication of (x_i, x_{i + D/2}) by e^{i angle}
     half = D // 2
@@ -47,7 +48,10 @@ def test_rope_append(H, K, D, cache_dtype):
     rotated = torch.complex(before[..., :half].contiguous(), before[..., half:].contiguous()) * turn
     want = torch.cat((rotated.real, rotated.imag), -1)
     want[:, H + K :] = before[:, H + K :]
-    assert_close(qkv_TX.view(T, -1, D), want, rtol=1e-5, atol=1e-5)
+    found = qkv_TX.view(T, -1, D)
+    assert_close(found[:num_rotated, :H], want[:num_rotated, :H], rtol=1e-5, atol=1e-5)
+    assert_bit_equal(found[:num_rotated, H:].double(), before[:num_rotated, H:])
+    assert_bit_equal(found[num_rotated:].double(), before[num_rotated:])
 
     scales = (0.5, 2.0) if cache_dtype == FP8 else (1.0, 1.0)
     for cache, heads, scale in zip(caches, (want[:, H : H + K], want[:, H + K :]), scales, strict=True):

@@ -100,8 +100,8 @@ def test_quantize_fp8_per_token(T: int, X: int, dtype: torch.dtype) -> None:
 @on_half_types
 @pytest.mark.parametrize("fp8", [False, True])
 @pytest.mark.parametrize("H,K,D", [(4, 1, 64), (3, 3, 80), (64, 8, 128), (16, 1, 112)])
-@pytest.mark.parametrize("T", [1, 37])
-def test_rope_append(T: int, H: int, K: int, D: int, fp8: bool, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("T,num_rotated", [(1, 1), (1, 0), (37, 37), (37, 5)])
+def test_rope_append(T: int, num_rotated: int, H: int, K: int, D: int, fp8: bool, dtype: torch.dtype) -> None:
     """The reference on the CPU, to one rounding of the type; k and v land where they belong and nowhere else."""
     num_pages = 5
     cache_dtype = FP8 if fp8 else dtype
@@ -112,13 +112,13 @@ def test_rope_append(T: int, H: int, K: int, D: int, fp8: bool, dtype: torch.dty
     slots = torch.randperm(num_pages * PAGE, device="cuda")[:T]
     caches = [torch.full((num_pages, K, PAGE, D), -9.0, device="cuda").to(cache_dtype) for _ in "kv"]
     on_cpu = [t.cpu().clone() for t in (qkv_TX, *caches)]
-    scales = {"k_scale": 0.5, "v_scale": 0.13}
+    before, scales = qkv_TX.clone(), {"k_scale": 0.5, "v_scale": 0.13, "num_rotated": num_rotated}
     ops.rope_append(qkv_TX, *caches, cos_sin, positions, slots, **scales)
     ops.rope_append(*on_cpu, cos_sin.cpu(), positions.cpu(), slots.cpu(), **scales)
     rounding = torch.finfo(dtype).eps
     assert_close(qkv_TX.cpu(), on_cpu[0], rtol=rounding, atol=rounding / 4)
-    heads = H + K  # v is copied, so its bits are known
-    assert_bit_equal(qkv_TX.view(T, -1, D)[:, heads:].cpu(), on_cpu[0].view(T, -1, D)[:, heads:])
+    assert_bit_equal(qkv_TX[:, H * D :], before[:, H * D :])
+    assert_bit_equal(qkv_TX[num_rotated:], before[num_rotated:])
     assert_bit_equal(caches[1].view(torch.uint8).cpu(), on_cpu[2].view(torch.uint8))
     assert_close(caches[0].float().cpu(), on_cpu[1].float(), rtol=2**-3 if fp8 else rounding, atol=rounding / 4)
     untouched = torch.ones(num_pages * PAGE, dtype=torch.bool)

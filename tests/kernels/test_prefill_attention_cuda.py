@@ -11,7 +11,7 @@ import torch
 from test_attention_cuda import FP8, Problem
 from torch import Tensor
 
-from nemotron_fast import ops, reference
+from nemotron_fast import ops, reference_attention
 from nemotron_fast.testing.compare import assert_bit_equal, assert_close, poison
 
 pytestmark = pytest.mark.gpu
@@ -55,6 +55,27 @@ def test_mixed_batch(H: int, K: int, D: int, kind: dict) -> None:
     out = problem.run()
     problem.check(out)
     assert_bit_equal(problem.run(), out)
+
+
+@every_kind_and_size
+@pytest.mark.parametrize("H,K", [(64, 8), (8, 8), (9, 3), (16, 1)])
+def test_rotates_queries_of_prompts(H: int, K: int, D: int, kind: dict) -> None:
+    """Bit for bit as if rope_append had done it; positions end with the longest sequence."""
+    problem = Problem(MIXED, H, K, D, **kind)
+    num_positions = max(length for _, length in MIXED)
+    angles = torch.rand(num_positions, D // 2, device="cuda") * 6
+    memory = torch.full((num_positions + 128, D), float("nan"), device="cuda")
+    cos_sin = memory[:num_positions].copy_(torch.cat((angles.cos(), angles.sin()), -1))
+    out = problem.run(cos_sin=cos_sin)
+
+    few = torch.cat([torch.full((new,), new <= 8) for new, _ in MIXED]).cuda()
+    positions = torch.cat([torch.arange(length - new, length) for new, length in MIXED]).cuda()
+    qkv = torch.cat((problem.q.flatten(1), torch.zeros_like(problem.q[:, :1].repeat(1, 2 * K, 1)).flatten(1)), -1)
+    scratch = [torch.zeros(len(qkv) // 64 + 1, K, 64, D, device="cuda", dtype=qkv.dtype) for _ in "kv"]
+    ops.rope_append(qkv, *scratch, cos_sin, positions, torch.arange(len(qkv), device="cuda"))
+    rotated = qkv.view(len(qkv), -1, D)[:, :H]
+    problem.q = torch.where(few[:, None, None], problem.q, rotated).contiguous()
+    assert_bit_equal(out, problem.run())
 
 
 @every_kind
@@ -106,7 +127,7 @@ def test_against_the_reference() -> None:
     problem = Problem([(70, 200), (1, 90)], 16, 2)
     caches = [c.nan_to_num().cpu() for c in problem.caches]
     rest = [t.cpu() for t in (problem.table, problem.q_start, problem.kv_len)]
-    want = reference.attention(problem.q.cpu(), *caches, *rest, 128**-0.5, 1.0, 1.0)
+    want = reference_attention.attention(problem.q.cpu(), *caches, *rest, 128**-0.5, 1.0, 1.0)
     assert_close(problem.run(), want, rtol=2**-6, atol=2**-5)
 
 
@@ -127,7 +148,9 @@ def test_fp8_products_round_as_the_reference(H: int, K: int, equal_values: bool)
     rest = (problem.table, problem.q_start, problem.kv_len)
     args = [t.cpu() for t in (problem.q, *problem.caches, *rest)]
     scales = (128**-0.5, problem.k_scale, problem.v_scale, None)
-    rounded, exact = (reference.attention(*args, *scales, products).float() for products in (True, False))
+    rounded, exact = (
+        reference_attention.attention(*args, *scales, None, products).float() for products in (True, False)
+    )
     error, unit = ((t - rounded).square().mean().sqrt().item() for t in (problem.run().cpu().float(), exact))
     assert error <= 0.4 * unit
 

@@ -53,6 +53,7 @@ def logits_of(config: ModelConfig, weights: ModelWeights, num_tokens: int) -> Te
         q_start=torch.tensor([0, num_tokens]),
         kv_len=torch.tensor([num_tokens]),
         logit_rows=positions,
+        num_few=num_tokens if num_tokens <= 8 else 0,
         decodes=num_tokens == 1,
     )
     with torch.inference_mode():

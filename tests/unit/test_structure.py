@@ -17,7 +17,8 @@ TIERS: dict[int, str] = {
     0: """errors dtypes files progress config config_reader blocks sharding quant_config module_patterns sampling_params
           generation_defaults request pages admission turns scheduler metrics hardware footprint rank_plan planner
           cache_size step_size""",
-    1: """_C ops sampling_ops reference reference_sampling packing cpu_backend rope kv_cache safetensors_file checkpoint
+    1: """_C ops attention_ops sampling_ops reference reference_attention reference_sampling packing cpu_backend rope
+          kv_cache safetensors_file checkpoint
           inventory param_loader weights random_weights packed_weights quantize sampling staging penalties comm
           device""",
     2: """batch residual model graphs executor""",
@@ -133,7 +134,8 @@ def test_library_is_found() -> None:
 
 @pytest.mark.parametrize("op", ops_of_library())
 def test_op_has_its_companions(op: str) -> None:
-    places = (("reference.py", "reference_sampling.py", "packing.py"), ("ops.py", "sampling_ops.py"))
+    references = ("reference.py", "reference_attention.py", "reference_sampling.py", "packing.py")
+    places = (references, ("ops.py", "attention_ops.py", "sampling_ops.py"))
     missing = [
         f"function {op} in {' or '.join(files)}"
         for files in places

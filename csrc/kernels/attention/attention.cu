@@ -5,11 +5,8 @@
 namespace nf {
 
 int64_t attention_workspace_bytes() {
-  int device, num_sms;
-  NF_CUDA(cudaGetDevice(&device));
-  NF_CUDA(cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, device));
   using Largest = attn::Partial<attn::Config<__nv_bfloat16, false, 128, 2>>;
-  return int64_t(num_sms) * attn::kMaxCtasPerSm * attn::kPartialsPerCta * int64_t(sizeof(Largest));
+  return int64_t(num_sms()) * attn::kMaxCtasPerSm * attn::kPartialsPerCta * int64_t(sizeof(Largest));
 }
 
 }  // namespace nf

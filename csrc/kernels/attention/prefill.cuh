@@ -103,11 +103,8 @@ void launch_prefill(const PrefillAttentionParams<typename C::Scalar>& p, cudaStr
       .k = pages_map(p.k_cache, p.k_page_stride),
       .v = pages_map(p.v_cache, p.v_page_stride),
   };
-  int device, num_sms;
-  NF_CUDA(cudaGetDevice(&device));
-  NF_CUDA(cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, device));
-  launch<kKernel>({.ctas = dim3(unsigned(num_sms)), .threads = C::kThreads, .smem_bytes = kSmemBytes}, stream,
-                  maps, p, config);
+  launch<kKernel>({.ctas = dim3(unsigned(num_sms())), .threads = C::kThreads, .smem_bytes = kSmemBytes},
+                  stream, maps, p, config);
 }
 
 }  // namespace prefill

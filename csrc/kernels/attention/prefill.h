@@ -26,6 +26,7 @@ struct PrefillAttentionParams {
   const Scalar* q;            // [T, H, D], strides q_stride, D; rows as those of out
   const void* k_cache;        // [P, K, 64, D], page stride k_page_stride, else contiguous; the same
   const void* v_cache;        // the same
+  const float* cos_sin;       // q is rotated by it, [positions, D], as in rope_append.h; null: it is already
   const int64_t* page_table;  // [S, pages], row stride page_table_stride
   const int64_t* q_start;     // [S + 1]
   const int64_t* kv_len;      // [S], each at least the sequence's queries
@@ -40,6 +41,7 @@ struct PrefillAttentionParams {
   int64_t k_page_stride;  // elements between pages
   int64_t v_page_stride;
   int64_t page_table_stride;
+  int64_t cos_sin_stride;
   float softmax_scale;  // > 0
   float k_scale;        // 1 unless the caches are e4m3
   float v_scale;

@@ -8,6 +8,7 @@
 #include "kernels/ptx/mma.cuh"
 #include "kernels/ptx/named_barrier.cuh"
 #include "kernels/quant/fp8.cuh"
+#include "kernels/rope/rotate.cuh"
 
 namespace nf::prefill {
 
@@ -355,23 +356,61 @@ struct Consumer {
     ptx::mbarrier_wait(&s.q_full[place], parity);
     Tile tile = s.tile[place];
     tile.num_blocks = __shfl_sync(kFullWarp, tile.num_blocks, 0);  // uniform, which wgmma wants to be seen
-    if constexpr (C::kFp8Products)
-      quantise_queries(place);
-    else if constexpr (C::kWidens && !std::is_same_v<typename C::Scalar, __half>)
-      narrow_queries(place);
+    prepare_queries(place, tile);
     return tile;
   }
 
-  // This warpgroup's rows of the queries, bf16 -> half, saturated.
+  static constexpr bool kNarrows = C::kWidens && !std::is_same_v<typename C::Scalar, __half>;
+
+  // Makes of this warp's rows of the queries, as they come, the operand of the products.
+  __device__ __forceinline__ void prepare_queries(int place, const Tile& tile) const {
+    const bool rotates = p.cos_sin != nullptr && tile.num_blocks > 0;
+    if (rotates) rotate_queries(place, tile);
+    if constexpr (C::kFp8Products || kNarrows) {
+      __syncwarp();  // the warp's rows are rotated
+      if constexpr (C::kFp8Products)
+        quantise_queries(place);
+      else
+        narrow_queries(place);
+    } else if (!rotates) {
+      return;
+    }
+    ptx::fence_proxy_async();
+    ptx::barrier_sync(kWarpgroup + warpgroup, kWarpgroupThreads);  // complete before a product reads them
+  }
+
+  // RoPE. A token's position is its index in its sequence.
+  __device__ __forceinline__ void rotate_queries(int place, const Tile& tile) const {
+    constexpr int kUnits = C::kHeadDim / 16,
+                  kRowsAtOnce = kWarpSize / kUnits;  // 16 bytes of each half a lane
+    int lane = this->lane;
+    asm volatile("" : "+r"(lane));  // as in write()
+    const int unit = lane % kUnits;
+#pragma unroll 2  // two loads of angles under way, of different queries up to a group of 8
+    for (int i = 0; i < kWarpRows / kRowsAtOnce; ++i) {
+      const int row = first_row + i % 2 * (kWarpRows / 2) + i / 2 * kRowsAtOnce + lane / kUnits;
+      const auto vec = [&](int u) {
+        return reinterpret_cast<Vec<typename C::Scalar>*>(s.q[place] + u / 8 * C::kChunkBytes +
+                                                          swizzled(row, u % 8));
+      };
+      const int query = min(row >> row_shift, tile.end - 1);  // behind the last there may be no position
+      const float* angles = p.cos_sin + (tile.position + query) * p.cos_sin_stride + unit * 8;
+      Vec<typename C::Scalar> low = *vec(unit), high = *vec(unit + kUnits);
+      rotate_vecs(low, high, load_angles(angles, C::kHeadDim / 2));
+      *vec(unit) = low, *vec(unit + kUnits) = high;
+    }
+  }
+
+  // bf16 -> half, saturated.
   __device__ __forceinline__ void narrow_queries(int place) const {
     constexpr float kMaxHalf = 65504.0f;
-    constexpr int kVecs = kWarpgroupRows * kSwizzleBytes / 16;
-    uint8_t* rows = s.q[place] + warpgroup * kWarpgroupRows * kSwizzleBytes;
+    constexpr int kVecs = kWarpRows * kSwizzleBytes / 16;
+    uint8_t* rows = s.q[place] + first_row * kSwizzleBytes;
 #pragma unroll 1  // few registers
     for (int c = 0; c < C::kChunks; ++c) {
 #pragma unroll 1
-      for (int i = 0; i < kVecs / kWarpgroupThreads; ++i) {
-        const int at = i * kWarpgroupThreads + int(threadIdx.x) % kWarpgroupThreads;
+      for (int i = 0; i < kVecs / kWarpSize; ++i) {
+        const int at = i * kWarpSize + lane;
         auto* chunk = reinterpret_cast<typename C::Scalar*>(rows + c * C::kChunkBytes);
         const Vec<typename C::Scalar> from = load_vec(chunk, at);
         Vec<typename C::Product> to;
@@ -383,11 +422,9 @@ struct Consumer {
         store_vec(reinterpret_cast<typename C::Product*>(chunk), at, to);
       }
     }
-    ptx::fence_proxy_async();
-    ptx::barrier_sync(kWarpgroup + warpgroup, kWarpgroupThreads);  // complete before a product reads them
   }
 
-  // This warp's rows of the queries, to e4m3 in the first chunk, and their scales.
+  // To e4m3 in the first chunk, and the rows' scales.
   __device__ __forceinline__ void quantise_queries(int place) const {
     constexpr int kUnits = C::kHeadDim / 8, kRowsAtOnce = kWarpSize / kUnits;
     uint8_t* queries = s.q[place];
@@ -408,8 +445,6 @@ struct Consumer {
       *reinterpret_cast<uint2*>(queries + swizzled(row, unit / 2) + unit % 2 * 8) = to_fp8(v, scale);
       if (unit == 0) s.fp8.q_scale[place][row] = scale.value;
     }
-    ptx::fence_proxy_async();
-    ptx::barrier_sync(kWarpgroup + warpgroup, kWarpgroupThreads);  // complete before a product reads them
   }
 
   // With the scores of its last block, where its queries end. They are in q[place].

@@ -32,6 +32,14 @@ bool can_overlap() {
   return can;
 }
 
+// Of the current device.
+inline int num_sms() {
+  int device, n;
+  NF_CUDA(cudaGetDevice(&device));
+  NF_CUDA(cudaDeviceGetAttribute(&n, cudaDevAttrMultiProcessorCount, device));
+  return n;
+}
+
 // Once per kernel and device: allows `max_smem_bytes` of dynamic shared memory, and asks for as much of L1 as
 // can be to be shared memory. All kernels ask for the same, because two that disagree cannot share an SM, and
 // the overlap of kernels is worth more here than L1 is.

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // RoPE and KV append. One thread = 16 elements of one head of one token: d..d+7 and the partners D/2 further
-// on. Latency bound in decode; moves (2H + 4K)*D*T elements (the v heads are read only in qkv, written only
-// in the cache).
-#include <climits>
+// on; those of k and v come first. Latency bound in decode; moves 4*K*D*T elements and 2*H*D of each token
+// whose q is rotated.
+#include <cstdint>
 #include <string>
 
 #include "kernels/common/check.h"
@@ -18,26 +18,6 @@ namespace {
 
 constexpr int kThreads = 128;
 
-struct Angles {  // of 8 consecutive pairs
-  float cos[8], sin[8];
-};
-
-__device__ __forceinline__ void load8(float (&to)[8], const float* from) {  // `from` is 16-byte aligned
-  const float4 a = reinterpret_cast<const float4*>(from)[0], b = reinterpret_cast<const float4*>(from)[1];
-  to[0] = a.x, to[1] = a.y, to[2] = a.z, to[3] = a.w, to[4] = b.x, to[5] = b.y, to[6] = b.z, to[7] = b.w;
-}
-
-template <class Scalar>
-__device__ __forceinline__ void rotate_vecs(Vec<Scalar>& low, Vec<Scalar>& high, const Angles& a) {
-#pragma unroll
-  for (int i = 0; i < Vec<Scalar>::kPairs; ++i) {
-    const HalfPairs v = rotate({low.pair(i), high.pair(i)}, {a.cos[2 * i], a.cos[2 * i + 1]},
-                               {a.sin[2 * i], a.sin[2 * i + 1]});
-    low.round_pair(i, v.low);
-    high.round_pair(i, v.high);
-  }
-}
-
 // 8 elements to a cache row of e4m3 (divided by the scale) or Scalar.
 template <bool kFp8, class Scalar>
 __device__ __forceinline__ void store_kv(void* cache, int64_t element, const Vec<Scalar>& v,
@@ -52,32 +32,30 @@ template <class Scalar, bool kFp8>
 __global__ void __launch_bounds__(kThreads) rope_append_kernel(const RopeAppendParams<Scalar> p) {
   let_successor_start();
   wait_for_predecessor();
-  const int parts = p.head_dim / 16, heads = p.num_heads + 2 * p.num_kv_heads;
-  const int64_t index = int64_t(blockIdx.x) * kThreads + threadIdx.x;
-  const int64_t token = index / (heads * parts);
-  if (token >= p.num_tokens) return;
-  const int unit = int(index % (heads * parts));
-  const int head = unit / parts, d = unit % parts * 8, half = p.head_dim / 2;
+  const auto units = [&p](int heads) { return uint32_t(heads * p.head_dim / 16); };  // of a token
+  const uint32_t index = blockIdx.x * kThreads + threadIdx.x;
+  const uint32_t num_kv_units = uint32_t(p.num_tokens) * units(2 * p.num_kv_heads);
+  const bool is_q = index >= num_kv_units;
+  const uint32_t units_of_token = units(is_q ? p.num_heads : 2 * p.num_kv_heads);
+  const uint32_t at = is_q ? index - num_kv_units : index, token = at / units_of_token;
+  if (is_q && token >= p.num_rotated) return;
+  const int parts = int(units(1)), unit = int(at % units_of_token);
+  const int head = unit / parts, d = unit % parts * 8, half = p.head_dim / 2;  // head: of q, or of k and v
 
-  Scalar* at = p.qkv + token * p.qkv_stride + int64_t(head) * p.head_dim + d;
-  Vec<Scalar> low = load_vec(at, 0), high = load_vec(at + half, 0);
-  const bool is_v = head >= p.num_heads + p.num_kv_heads;
-  if (!is_v) {
-    const float* row = p.cos_sin + p.positions[token] * p.cos_sin_stride + d;
-    Angles angles;
-    load8(angles.cos, row);
-    load8(angles.sin, row + half);
-    rotate_vecs(low, high, angles);
-    store_vec(at, 0, low);
-    store_vec(at + half, 0, high);
+  Scalar* from = p.qkv + token * p.qkv_stride + (is_q ? head : p.num_heads + head) * p.head_dim + d;
+  Vec<Scalar> low = load_vec(from, 0), high = load_vec(from + half, 0);
+  const bool is_v = !is_q && head >= p.num_kv_heads;
+  if (!is_v) rotate_vecs(low, high, load_angles(p.cos_sin + p.positions[token] * p.cos_sin_stride + d, half));
+  if (is_q) {
+    store_vec(from, 0, low);
+    store_vec(from + half, 0, high);
+    return;
   }
-  if (head < p.num_heads) return;  // a query
 
   const int64_t slot = p.slots[token];
   if (slot < 0 || slot >= p.num_pages * p.page_size) return;
-  const int kv_head = (head - p.num_heads) % p.num_kv_heads;
   const int64_t page_stride = is_v ? p.v_page_stride : p.k_page_stride;
-  const int64_t row = int64_t(kv_head) * p.page_size + slot % p.page_size;
+  const int64_t row = int64_t(is_v ? head - p.num_kv_heads : head) * p.page_size + slot % p.page_size;
   const int64_t element = slot / p.page_size * page_stride + row * p.head_dim + d;
   void* cache = is_v ? p.v_cache : p.k_cache;
   const Divisor scale = is_v ? p.v_scale : p.k_scale;
@@ -91,11 +69,13 @@ template <class Scalar>
 void rope_append(const RopeAppendParams<Scalar>& p, cudaStream_t stream) {
   NF_CHECK(p.head_dim > 0 && p.head_dim % 16 == 0, "D=" + std::to_string(p.head_dim));
   NF_CHECK(p.num_kv_heads > 0 && p.num_heads > 0, "H=" + std::to_string(p.num_heads));
+  NF_CHECK(p.num_rotated >= 0 && p.num_rotated <= p.num_tokens,
+           std::to_string(p.num_rotated) + " rotated of T=" + std::to_string(p.num_tokens));
   if (p.num_tokens == 0) return;
-  const int64_t threads = p.num_tokens * (p.num_heads + 2 * p.num_kv_heads) * (p.head_dim / 16);
-  const int64_t ctas = (threads + kThreads - 1) / kThreads;
-  NF_CHECK(ctas <= INT_MAX, "T=" + std::to_string(p.num_tokens));
-  const Grid grid{.ctas = dim3(unsigned(ctas)), .threads = kThreads};
+  const int64_t parts = p.head_dim / 16;
+  const int64_t threads = (p.num_tokens * 2 * p.num_kv_heads + p.num_rotated * p.num_heads) * parts;
+  NF_CHECK(threads <= INT32_MAX, "T=" + std::to_string(p.num_tokens));
+  const Grid grid{.ctas = dim3(unsigned((threads + kThreads - 1) / kThreads)), .threads = kThreads};
   if (p.fp8_cache)
     launch<rope_append_kernel<Scalar, true>>(grid, stream, p);
   else

@@ -10,9 +10,10 @@
 
 namespace nf {
 
-// Rotates q and k inside qkv (half-split RoPE, in float, rounded to Scalar) and copies the rotated k and v to
-// their slots. An e4m3 cache stores round_e4m3(x / scale), saturating; any other holds Scalar. A slot outside
-// the cache is not written. Rows of qkv start at multiples of 16 bytes.
+// Rotates q of the first num_rotated tokens in place and copies the rotated k and v to their slots
+// (half-split RoPE, in float, rounded to Scalar; k of qkv stays as it is). An e4m3 cache stores round_e4m3(x
+// / scale), saturating; any other holds Scalar. A slot outside the cache is not written. Rows of qkv start at
+// multiples of 16 bytes.
 template <class Scalar>
 struct RopeAppendParams {
   Scalar* qkv;               // [T, H + 2K, D], row stride qkv_stride
@@ -22,6 +23,7 @@ struct RopeAppendParams {
   const int64_t* positions;  // [T]
   const int64_t* slots;      // [T], page * B + offset
   int64_t num_tokens;        // T, may be 0
+  int64_t num_rotated;       // at most T
   int num_heads;             // H
   int num_kv_heads;          // K
   int head_dim;              // D, a multiple of 16
