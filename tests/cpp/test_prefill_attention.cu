@@ -1,8 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // prefill_attention without torch or Python, against sums in double: the program that compute-sanitizer runs
 // (with the argument "tiny").
-#include <cuda_fp8.h>
-
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -12,13 +10,12 @@
 
 #include "gpu_testing.h"
 #include "kernels/attention/prefill.h"
+#include "prefill_reference.h"
 
 namespace {
 
 using testing::check;
 using testing::DeviceArray;
-
-constexpr int kPage = 64;
 
 struct Lengths {
   int num_new, all;
@@ -34,63 +31,6 @@ std::string name(const Case& c) {
   for (const Lengths& n : c.seqs)
     s.append(" ").append(std::to_string(n.num_new) + "/" + std::to_string(n.all));
   return s;
-}
-
-// A CTA per query and head. want = the result, magnitude = the same with |values|, squares = the root of the
-// sum of the squared addends. With products of e4m3 the query is rounded, and no weight counts as less than
-// 2^-14 of the largest there: below, its rounding does not shrink with it.
-template <class Cached, class T>
-__global__ void reference(double* want, double* magnitude, double* squares,
-                          const nf::PrefillAttentionParams<T> p) {
-  extern __shared__ double s_weights[];
-  __shared__ double s_sum;
-  __shared__ float s_scale;
-  const int H = p.num_kv_heads * p.group, D = p.head_dim;
-  const int token = blockIdx.x / H, head = blockIdx.x % H, kv_head = head / p.group;
-  int seq = 0;
-  while (p.q_start[seq + 1] <= token) ++seq;
-  const int keys = int(p.kv_len[seq] - (p.q_start[seq + 1] - token) + 1);
-  const auto row = [&](const void* cache, int64_t page_stride, int key) {
-    return static_cast<const Cached*>(cache) +
-           p.page_table[seq * p.page_table_stride + key / kPage] * page_stride +
-           (kv_head * kPage + key % kPage) * D;
-  };
-  const T* q = p.q + token * p.q_stride + head * D;
-  if (threadIdx.x == 0) {
-    float largest = 0;
-    for (int d = 0; d < D; ++d) largest = fmaxf(largest, fabsf(float(q[d])));
-    s_scale = fmaxf(largest / 448.0f, 1e-12f);
-  }
-  __syncthreads();
-  const auto query = [&](int d) {
-    return p.fp8_products ? double(float(__nv_fp8_e4m3(float(q[d]) / s_scale))) * double(s_scale)
-                          : double(float(q[d]));
-  };
-  for (int key = threadIdx.x; key < keys; key += blockDim.x) {
-    double score = 0;
-    for (int d = 0; d < D; ++d) score += query(d) * double(float(row(p.k_cache, p.k_page_stride, key)[d]));
-    s_weights[key] = score * p.softmax_scale * p.k_scale;
-  }
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    double largest = -INFINITY, sum = 0;
-    for (int key = 0; key < keys; ++key) largest = fmax(largest, s_weights[key]);
-    for (int key = 0; key < keys; ++key) sum += s_weights[key] = exp(s_weights[key] - largest);
-    s_sum = sum;
-  }
-  __syncthreads();
-  for (int d = threadIdx.x; d < D; d += blockDim.x) {
-    double result = 0, absolute = 0, squared = 0;
-    for (int key = 0; key < keys; ++key) {
-      const double value = double(float(row(p.v_cache, p.v_page_stride, key)[d]));
-      const double v = fmax(s_weights[key], p.fp8_products ? 0x1p-14 : 0.0) * value;
-      result += s_weights[key] * value, absolute += fabs(v), squared += v * v;
-    }
-    const int64_t at = int64_t(blockIdx.x) * D + d;
-    want[at] = result / s_sum * p.v_scale;
-    magnitude[at] = absolute / s_sum * p.v_scale;
-    squares[at] = sqrt(squared) / s_sum * p.v_scale;
-  }
 }
 
 // Everything that is no valid token stays NaN.
@@ -175,6 +115,7 @@ class Problem {
     check_values(out);
     check_parts(out);
     check_quantised(out);
+    check_rotated();
     check_equal_values();
     const char* kind = kProducts ? "e4m3 products" : (kFp8 ? "e4m3" : "");
     std::printf("%-40.40s %-13s worst error %.2f of what roundings allow\n", name(c_).c_str(), kind, worst_);
@@ -323,6 +264,35 @@ class Problem {
       const bool right = std::isnan(v) ? std::isnan(q) : q == float(Fp8(v / kScale));
       if (!right) check(false, "e4m3 of " + std::to_string(v) + " is " + std::to_string(q) + ", " + name(c_));
     }
+  }
+
+  // Queries to be rotated by their positions: the bits of those that are rotated here.
+  void check_rotated() {
+    const int D = c_.head_dim, half = D / 2;
+    std::vector<float> cos_sin(size_t(max_pages_ - 1) * kPage * D);  // NaN where there is no token
+    std::fill(cos_sin.begin(), cos_sin.end(), NAN);
+    std::vector<T> rotated = q_.read();
+    T* q = rotated.data();
+    for (const Lengths& n : c_.seqs) {
+      for (int position = 0; position < n.all; ++position) {
+        float* cos = &cos_sin[size_t(position) * D];
+        for (int d = 0; d < half; ++d)
+          cos[d] = std::cos(position / (d + 1.0f)), cos[d + half] = std::sin(position / (d + 1.0f));
+      }
+      for (int position = n.all - n.num_new; position < n.all; ++position, q += q_stride_) {
+        const float *cos = &cos_sin[size_t(position) * D], *sin = cos + half;
+        for (int i = 0; i < width(); i += i % D == half - 1 ? half + 1 : 1) {
+          const float low = q[i], high = q[i + half];
+          const int d = i % D;
+          q[i] = T(low * cos[d] - high * sin[d]), q[i + half] = T(high * cos[d] + low * sin[d]);
+        }
+      }
+    }
+    const DeviceArray<float> d_cos_sin(cos_sin);
+    const DeviceArray<T> d_rotated(rotated);
+    auto to_rotate = params(), as_it_is = params();
+    to_rotate.cos_sin = d_cos_sin.get(), to_rotate.cos_sin_stride = D, as_it_is.q = d_rotated.get();
+    check(same(run(to_rotate), run(as_it_is), 0, num_tokens_), "rotated queries differ, " + name(c_));
   }
 
   const Case c_;
