@@ -82,12 +82,14 @@ def beside_a_prompt(engine: Engine, length: int, without_us: float) -> dict[str,
     while not request.is_finished:
         times.append(timed_step_us(engine))
     p99 = Latency.of(times).p99_s  # the unit is that of the samples
+    slowest = sorted(range(len(times)), key=times.__getitem__)[-4:]
     return {
         "prompt": length,
         "steps": len(times),
         "median_us": statistics.median(times),
         "p99_us": p99,
         "p99_over_median_without": p99 / without_us,
+        "slowest": [{"step": step, "us": times[step]} for step in slowest],
     }
 
 
@@ -138,6 +140,8 @@ def measure(llm: LLM, batch: int, context: int, args: argparse.Namespace) -> dic
         place(engine, context, num_steps(args))
     row: dict[str, Any] = {"batch": batch, "context": context}
     row["engine_us"] = statistics.median(engine_step_us(engine, args.steps))
+    if args.beside:  # before the profiler has been there: it may slow later launches
+        row["beside"] = beside_a_prompt(engine, args.beside, row["engine_us"])
     config, kv = llm.config, engine.cache
     kv_width = kv.keys[0].element_size() if kv.keys else 1
     kv_bytes = batch * (context + args.steps // 2) * kv_bytes_per_token(config, "fp8") * kv_width
@@ -148,8 +152,6 @@ def measure(llm: LLM, batch: int, context: int, args: argparse.Namespace) -> dic
         row["host_us"] = row["engine_us"] - row["graph_us"]
         row["read_gb_per_s"] = row["read_bytes"] / row["graph_us"] / 1e3
         row["kernels"] = kernel_times(graph) if args.kernels else []
-    if args.beside:
-        row["beside"] = beside_a_prompt(engine, args.beside, row["engine_us"])
     for request in [*engine.scheduler.running]:
         engine.abort(request)
     return row
@@ -193,7 +195,8 @@ def show(row: dict[str, Any], ceiling: float | None, num_kernels: int) -> None:
         b = row["beside"]
         print(
             f"    beside a prompt of {b['prompt']}: {b['steps']} steps, median {b['median_us'] / 1e3:.2f} ms, "
-            f"p99 {b['p99_us'] / 1e3:.2f} ms = {b['p99_over_median_without']:.2f} x the median without"
+            f"p99 {b['p99_us'] / 1e3:.2f} ms = {b['p99_over_median_without']:.2f} x the median without; slowest "
+            + ", ".join(f"{s['step']}: {s['us'] / 1e3:.2f} ms" for s in b["slowest"])
         )
     kernels = row.get("kernels", [])
     if kernels:
