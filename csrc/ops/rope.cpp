@@ -22,6 +22,8 @@ void rope_append(Tensor qkv, Tensor k_cache, Tensor v_cache, Tensor cos_sin, Ten
   check_cos_sin(cos_sin, qkv, D);
   check_vector(positions, T, ScalarType::Long, qkv, "positions");
   check_vector(slots, T, ScalarType::Long, qkv, "slots");
+  if (num_rotated < 0 || num_rotated > T)
+    reject("num_rotated", "is " + std::to_string(num_rotated) + ", want 0.." + std::to_string(T));
 
   const DeviceGuard guard(qkv.get_device_index());
   const cudaStream_t stream = current_stream(qkv);

@@ -28,6 +28,8 @@ def rope_append(
 
     A cache of FP8 stores x / scale, saturating.
     """
+    if not 0 <= num_rotated <= len(qkv_TX):  # as csrc/ops/rope.cpp
+        raise RuntimeError(f"num_rotated: is {num_rotated}, want 0..{len(qkv_TX)}")
     _, num_kv, page_size, dim = k_cache_PKBD.shape
     heads_TXD = qkv_TX.unflatten(1, (qkv_TX.shape[1] // dim, dim))
     q_THD = heads_TXD[:num_rotated, : -2 * num_kv]

@@ -61,3 +61,11 @@ def test_rope_append(H, K, D, cache_dtype, num_rotated):
         untouched = torch.ones(len(stored), dtype=torch.bool)
         untouched[slots] = False
         assert (stored[untouched] == -9.0).all()
+
+
+@pytest.mark.parametrize("num_rotated", [-1, 3])
+def test_rope_append_rejects_more_rotated_tokens_than_there_are(num_rotated):
+    caches = [torch.zeros(1, 1, PAGE, 64) for _ in "kv"]
+    args = (torch.ones(4, 64), torch.zeros(2, dtype=torch.int64), torch.arange(2))
+    with pytest.raises(RuntimeError, match=f"num_rotated: is {num_rotated}, want 0..2"):
+        ops.rope_append(torch.zeros(2, 4 * 64), *caches, *args, num_rotated=num_rotated)
