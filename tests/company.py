@@ -19,7 +19,8 @@ def assert_same_bits_in_any_company(
     *,
     most_tokens: int = 200,
 ) -> None:
-    """Alone, in a crowd, in small chunks, behind a cached beginning, preempted (on a GPU): of the prompt, too.
+    """Alone, in a crowd, in small chunks, behind a cached beginning, or one that another request of the same step
+    computes, preempted (on a GPU): of the prompt, too.
 
     `options` are of an LLM without limits of its steps; the prompt has between 65 and 300 tokens, and at most
     `most_tokens` are generated.
@@ -46,9 +47,12 @@ def assert_same_bits_in_any_company(
     with LLM(**options) as llm:
         alone, cached = ([llm.generate(prompt, p)[0] for p in several] for _ in range(2))
         assert llm.metrics().prefix_hit_rate > 0
+    with LLM(**options) as llm:
+        together = llm.generate([prompt] * len(several), several)
+        assert llm.metrics().prefix_hit_rate > 0
     monkeypatch.setattr("nemotron_fast.llm.size_cache", lambda *_: (512, 12))  # pages too few for all
     with LLM(**plain) as llm:
         preempted = llm.generate([prompt] * len(several), several)
         assert llm.metrics().preemptions > 0 or not on_gpu
-    for results in zip(alone, cached, preempted, strict=True):
+    for results in zip(alone, cached, together, preempted, strict=True):
         assert len({tuple(bits(r)) for r in results}) == 1

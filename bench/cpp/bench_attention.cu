@@ -81,6 +81,7 @@ struct Bench {
                              .positions = positions,
                              .slots = slots,
                              .num_tokens = c.S,
+                             .num_rotated = c.S,
                              .num_heads = kHeads,
                              .num_kv_heads = c.K,
                              .head_dim = kHeadDim,

@@ -59,7 +59,7 @@ struct Scales {
 
 constexpr int64_t kPageSize = 64;
 
-// What products of e4m3 want; the same words as reference.py's.
+// What products of e4m3 want; the same words as reference_attention.py's.
 void check_fp8_products(const Tensor& k_cache) {
   const std::string want = " for fp8_products; call without them";
   if (k_cache.scalar_type() != ScalarType::Float8_e4m3fn)

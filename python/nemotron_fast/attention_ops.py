@@ -53,8 +53,9 @@ def attention(
 
     page_table [S, pages] int64, q_start [S + 1] int64, kv_len [S] int64: sequence s owns queries
     q_start[s]..q_start[s+1]-1, which are the last of its kv_len[s] cached tokens. Where these are more than
-    MOST_DECODE_QUERIES: with cos_sin [positions, D] q is not rotated yet, and is on its way; with `fp8_products` (e4m3
-    caches, D 128) q (a scale a row) and softmax weights round to e4m3. `per_query`: bits as if alone; without both.
+    MOST_DECODE_QUERIES: with cos_sin [positions, D] q comes unrotated (that of shorter sequences rotated) and RoPE is
+    applied here (sm_90a); with `fp8_products` (e4m3 caches, D 128) q (a scale a row) and softmax weights round to e4m3.
+    `per_query`: bits as if alone; with neither of these.
     """
     if out is None:
         dtype = q.dtype if out_scale is None else reference.FP8

@@ -30,7 +30,7 @@ class Batch:
     q_start: Tensor  # [S + 1] int64, first token of each sequence; tokens behind the last are padding
     kv_len: Tensor  # [S] int64, cached tokens including this step's
     logit_rows: Tensor  # [R] int64, tokens whose logits are wanted: the sampled ones first, then prompt_rows
-    num_few: int  # tokens of sequences with at most MOST_DECODE_QUERIES in this step, which come first
+    num_few: int  # tokens of sequences with at most MOST_DECODE_QUERIES in this step, which come first, or of padding
     decodes: bool  # every sequence computes one token, its last, or in a padded batch none
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One typed wrapper per op; shapes are stated here, once.
+"""One typed wrapper per op, those of attention and sampling in files of their own; shapes are stated here, once.
 
 The schemas live in csrc/ops/library.cpp, the CPU kernels in cpu_backend.py, the CUDA kernels in csrc/. Dimension
 letters: T tokens of the step, S sequences, E hidden size, H query heads, K KV heads, D head size, F FFN width,

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every op in plain torch: the oracle for the kernels, and (through cpu_backend.py) the CPU backend.
+"""Every op in plain torch: the oracle for the kernels, and (through cpu_backend.py) the CPU backend. Attention and
+sampling have files of their own.
 
 A function here takes the op's inputs and returns its output, or changes in place exactly the arguments that
 the op's schema marks. Math is in FP32 (FP64 for FP64 input); the result is rounded once to the output's type

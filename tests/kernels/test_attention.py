@@ -4,7 +4,7 @@
 import pytest
 import torch
 
-from nemotron_fast import ops, reference
+from nemotron_fast import ops, reference_attention
 from nemotron_fast.testing.compare import assert_close, poison
 
 FP8 = torch.float8_e4m3fn
@@ -126,7 +126,7 @@ def test_fp8_products(H, K, dtype, rtol, atol, monkeypatch):
     In FP64 both sides round the same numbers; in BF16 the reference has FP32 scores, which may round otherwise where
     they lie at a border. Queries are computed a few at a time.
     """
-    monkeypatch.setattr(reference, "CHUNK_ELEMENTS", 9 * H * 130)
+    monkeypatch.setattr(reference_attention, "CHUNK_ELEMENTS", 9 * H * 130)
     shape = [(70, 70), (8, 100), (30, 200), (1, 64), (9, 130)]
     q_start = torch.tensor([0, 70, 78, 108, 109, 118])
     table = torch.randperm(20).view(5, 4)

@@ -74,7 +74,7 @@ def test_quantize_fp8(T: int, X: int, dtype: torch.dtype) -> None:
     """Bit for bit the reference, saturation and NaN included."""
     x_TX = randn(T, X, dtype=dtype, scale=100)
     if T:
-        x_TX[0, :3] = torch.tensor([float("nan"), 6e4, -6e4], device="cuda").to(dtype)
+        x_TX[0, :5] = torch.tensor([float("nan"), 6e4, -6e4, 0.0, -0.0], device="cuda").to(dtype)
     scale = torch.tensor([0.37], device="cuda")
     out_TX = ops.quantize_fp8(x_TX, scale, out=poison(T, X, dtype=torch.float32, device="cuda").to(FP8))
     want = ops.quantize_fp8(x_TX.cpu(), scale.cpu())

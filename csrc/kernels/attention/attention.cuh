@@ -282,6 +282,13 @@ __global__ void __launch_bounds__(C::kThreads, kMaxCtasPerSm)
   clear_rows<C>(p, num_queries);
 }
 
+// Where a sequence has several new tokens, they may fill a page that another one shares, for which they are
+// old: rope_append, right before us, has to have finished.
+template <class Scalar>
+bool may_overlap(const AttentionParams<Scalar>& p) {
+  return p.append.k != nullptr || p.num_tokens <= p.num_seqs;
+}
+
 template <class C>
 void launch_attention(const AttentionParams<typename C::Scalar>& p, const LaunchConfig& wanted,
                       cudaStream_t stream) {
@@ -309,7 +316,7 @@ void launch_attention(const AttentionParams<typename C::Scalar>& p, const Launch
   launch_config.dynamicSmemBytes = size_t(smem_bytes);
   launch_config.stream = stream;
   launch_config.attrs = &overlap;
-  launch_config.numAttrs = can_overlap<kKernel>() ? 1 : 0;
+  launch_config.numAttrs = can_overlap<kKernel>() && may_overlap(p) ? 1 : 0;
   NF_CUDA(cudaLaunchKernelEx(&launch_config, kKernel, p, config));
 }
 

@@ -32,7 +32,8 @@ struct AttentionAppend {
 // in its sequence) and writes k and v of the sequences' last tokens to the pages that the page table has for
 // them.
 //
-// Read before the predecessor in the stream has finished (kernel.cuh): page_table, q_start, kv_len, cos_sin,
+// With `append`, or a new token a sequence, read before the predecessor in the stream has finished
+// (kernel.cuh): page_table, q_start, kv_len, cos_sin,
 // out_scale and the cached tokens before the new ones. So whatever writes these must not be followed by
 // overlapping launches only: between it and this launch there is a launch without overlap, a copy, or the
 // start of a CUDA graph.
