@@ -34,9 +34,9 @@ from nemotron_fast.engine import Engine
 from nemotron_fast.footprint import kv_bytes_per_token
 from nemotron_fast.metrics import Latency
 from nemotron_fast.pages import pages_for
+from nemotron_fast.prompt_budget import MIN_PROMPT_TOKENS
 from nemotron_fast.request import Request, Status
 from nemotron_fast.sampling_params import NEUTRAL
-from nemotron_fast.scheduler import MIN_PROMPT_TOKENS
 from nemotron_fast.testing import timing
 
 CONFIGS = Path(__file__).parents[1] / "tests" / "configs"

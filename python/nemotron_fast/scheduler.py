@@ -19,10 +19,9 @@ from itertools import accumulate, takewhile
 from nemotron_fast.admission import OutputLengths, WavePlan, Waves, peak_pages
 from nemotron_fast.errors import CapacityError
 from nemotron_fast.pages import PAGE_SIZE, PagePool, page_key, pages_for
+from nemotron_fast.prompt_budget import MIN_PROMPT_TOKENS, PromptBudget
 from nemotron_fast.request import Request, Status
 from nemotron_fast.turns import sitting_out
-
-MIN_PROMPT_TOKENS = 64  # of a step, however many others decode
 
 
 @dataclass(frozen=True)
@@ -38,9 +37,9 @@ class Chunk:
 class Scheduler:
     """Args:
     max_batched_tokens: tokens of one step.
-    max_mixed_tokens: tokens of a step that both decodes and computes prompts, so that prompts bound its time; None:
-        no bound but the one above, because only throughput counts, for which requests also wait or take turns
-        (admission.Waves).
+    max_mixed_tokens: tokens of a step that both decodes and computes prompts, fewer of those far into a sequence
+        (PromptBudget), so that prompts bound its time; None: no bound but the one above, because only throughput
+        counts, for which requests also wait or take turns (admission.Waves).
     prefix_caching: use pages again that hold the same tokens.
     """
 
@@ -94,9 +93,10 @@ class Scheduler:
         out = self._sitting_out(waves)
         num_decoding = sum(r.is_decoding for r in self.running) - len(out)
         decode_budget = self.max_batched_tokens
-        prompt_budget = max(decode_budget - num_decoding, 0)
+        prompt_tokens = max(decode_budget - num_decoding, 0)
         if num_decoding:
-            prompt_budget = min(prompt_budget, max(self.max_mixed_tokens - num_decoding, MIN_PROMPT_TOKENS))
+            prompt_tokens = min(prompt_tokens, max(self.max_mixed_tokens - num_decoding, MIN_PROMPT_TOKENS))
+        prompt_budget = PromptBudget(prompt_tokens, bounds_time=num_decoding > 0 and not self.levels_waves)
         chunks: list[Chunk] = []
         num_running = len(self.running)
         for request in list(self.running):
@@ -104,15 +104,16 @@ class Scheduler:
                 break
             if request.status is not Status.RUNNING or request.awaits_last_token or request in out:
                 continue  # preempted by an older request of this same step, computed to its end, or not its turn
+            num_tokens, start = request.num_expected - request.num_computed, request.num_computed
             decoding = request.is_decoding
-            num_tokens = min(request.num_expected - request.num_computed, decode_budget if decoding else prompt_budget)
-            if num_tokens == 0 or not self._grow(request, request.num_computed + num_tokens):
+            num_tokens = min(num_tokens, decode_budget) if decoding else prompt_budget.fits(start, num_tokens)
+            if num_tokens == 0 or not self._grow(request, start + num_tokens):
                 continue
             chunks.append(self._plan(request, num_tokens))
             if decoding:
                 decode_budget -= 1
             else:
-                prompt_budget -= num_tokens
+                prompt_budget.spend(start, num_tokens)
         if len(self.running) == num_running:  # else the pages are needed by those that stayed
             chunks += self._admit(prompt_budget, self.max_num_seqs - len(chunks), waves)
         return chunks
@@ -158,7 +159,7 @@ class Scheduler:
         max_rows = max(self.max_num_seqs - num_prompts, 0)
         return sitting_out(self.running, self.waiting, waves.num_ahead, max_rows, self.pages.num_pages)
 
-    def _admit(self, budget: int, num_rows: int, waves: WavePlan) -> list[Chunk]:
+    def _admit(self, budget: PromptBudget, num_rows: int, waves: WavePlan) -> list[Chunk]:
         """Start waiting requests that the pool holds whole, as they are now and probably to their ends."""
         chunks = []
         while self.waiting and budget and len(chunks) < num_rows:
@@ -171,11 +172,12 @@ class Scheduler:
                 break
             self.waiting.popleft()
             self._start(request, shared)
-            num_tokens = min(request.num_tokens - request.num_computed, budget)
-            grown = self._grow(request, request.num_computed + num_tokens)
+            start = request.num_computed
+            num_tokens = budget.fits(start, request.num_tokens - start)
+            budget.spend(start, num_tokens)
+            grown = self._grow(request, start + num_tokens)
             assert grown, "the pool holds the whole request"
             chunks.append(self._plan(request, num_tokens))
-            budget -= num_tokens
         return chunks
 
     def _has_room_later(self, request: Request, shared: list[int], waves: WavePlan) -> bool:

@@ -15,8 +15,8 @@ PACKAGE = ROOT / "python" / "nemotron_fast"
 # A module may import modules of its own and of lower tiers; tier 0 runs without torch. A folder counts for all in it.
 TIERS: dict[int, str] = {
     0: """errors dtypes files progress config config_reader blocks sharding quant_config module_patterns sampling_params
-          generation_defaults request pages admission turns scheduler metrics hardware footprint rank_plan planner
-          cache_size step_size""",
+          generation_defaults request pages admission turns prompt_budget scheduler metrics hardware footprint rank_plan
+          planner cache_size step_size""",
     1: """_C ops attention_ops sampling_ops reference reference_attention reference_sampling packing cpu_backend rope
           kv_cache safetensors_file checkpoint
           inventory param_loader weights random_weights packed_weights quantize sampling staging penalties comm
