@@ -46,8 +46,9 @@ class LLM:
         max_batched_tokens: tokens of one step, prompts and decoding together; None = 2048 on a GPU, 512 on a
             CPU, and if deterministic 64 and 1.
         max_mixed_tokens: the same for steps in which some decode, fewer where a prompt is long, which bounds the
-            time between their tokens; None = no other bound: who waits for all results is served best by full steps, and of requests that
-            generate equally many tokens more than max_num_seqs may start and take turns.
+            time between their tokens; None = no other bound: who waits for all results is served best by full
+            steps, and of requests that generate equally many tokens more than max_num_seqs may start and take
+            turns.
         prefix_caching: keep the KV of finished requests, and share it with those that begin alike.
         seed: base of the seeds of requests that bring none.
         tensor_parallel_size: only 1 is supported so far.
