@@ -11,8 +11,8 @@ constexpr int kWarp = 32;
 constexpr int kMaxThreads = 1024;
 
 // Threads per row are more than these only where 4 vectors each do not hold it. Few rows: what counts is how
-// long one takes. Many: what each thread does once a row. (To e4m3, E=8192, H100: 64 and 256 rows take 2.9
-// and 4.5 us with 512 x 2, 3.7 and 5.0 with 256 x 4; 512 and 2048 take 8.0 and 23.6, and 6.9 and 21.6.)
+// long one takes. Many: what each thread does once a row. (To e4m3, E=8192, H100: 128 rows take 2.7 us with
+// 512 x 2 and 3.6 with 256 x 4, 512 and 2048 rows, not in the L2, 8.0 and 23.6, and 6.9 and 21.6.)
 constexpr int kFewRowsThreads = 512, kManyRowsThreads = 256;
 constexpr int64_t kFewRows = 256;
 

@@ -32,11 +32,10 @@ struct AttentionAppend {
 // in its sequence) and writes k and v of the sequences' last tokens to the pages that the page table has for
 // them.
 //
-// With `append`, or a new token a sequence, read before the predecessor in the stream has finished
-// (kernel.cuh): page_table, q_start, kv_len, cos_sin,
-// out_scale and the cached tokens before the new ones. So whatever writes these must not be followed by
-// overlapping launches only: between it and this launch there is a launch without overlap, a copy, or the
-// start of a CUDA graph.
+// With `append`, or where no sequence has more than one new token, these are read before the predecessor in
+// the stream has finished (kernel.cuh): page_table, q_start, kv_len, cos_sin, out_scale and the cached tokens
+// before the new ones. So whatever writes them must not be followed by overlapping launches only: between it
+// and this launch there is a launch without overlap, a copy, or the start of a CUDA graph.
 template <class Scalar>
 struct AttentionParams {
   void* out;  // [T, H, D], strides out_stride, D: Scalar, or with out_scale e4m3

@@ -128,8 +128,8 @@ struct TileMaker {
 
   static __device__ __forceinline__ uint32_t to_element(const Columns& columns, const Divisor& fp8_scale) {
     if constexpr (kPairs == 2) {
-      return to_fp8(widen_bf16(columns.pair[0]), fp8_scale) | to_fp8(widen_bf16(columns.pair[1]), fp8_scale)
-                                                                  << 16;
+      const uint32_t low = to_fp8(widen_bf16(columns.pair[0]), fp8_scale);
+      return low | to_fp8(widen_bf16(columns.pair[1]), fp8_scale) << 16;
     } else {
       uint32_t bits;
       memcpy(&bits, &columns.pair[0], sizeof(bits));

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // RMS norm and residual add + RMS norm, also with the result as e4m3. Grid (T); one CTA = one row, held in
 // registers between its one read and its one write. Bandwidth bound: moves 2*T*E elements (4*T*E with a
-// residual) and E weights; to e4m3 nearly as much bound by its some 18 instructions an element.
+// residual) and E weights; to e4m3 nearly as much bound by instructions, 19 an element with 4 vectors a
+// thread and 23 with 2.
 #include <climits>
 #include <string>
 #include <type_traits>
