@@ -248,6 +248,8 @@ def main() -> None:
     )
     print(f"{timing.device_name(llm.device)}: {ceilings}; model ready in {time.perf_counter() - begin:.1f} s")
     fill_randomly(llm.engine)
+    if args.beside:  # as AsyncLLM does
+        llm.warm_up()
     results = []
     for context in contexts:
         for batch in batches:

@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include "host/build_info.h"
+#include "host/gemm_schedule.h"
 #include "host/linear_schedule.h"
 #ifdef NF_WITH_CUDA
 #include "kernels/common/check.h"
@@ -62,4 +63,6 @@ PYBIND11_MODULE(_C, m) {
 
   m.def("linear_workspace_bytes", &nf::linear_workspace_bytes, py::arg("num_sms"),
         "Of the workspace of a packed linear.");
+  m.def("gemm_tile_tokens", &nf::gemm_tile_tokens, py::arg("num_tokens"),
+        "How many tokens a full tile of the GEMM has, which names its kernel.");
 }

@@ -42,12 +42,13 @@ class _Stream:
 
 
 class AsyncLLM:
-    """Takes the arguments of LLM; max_mixed_tokens is 224 unless given. Close it, or use it in an `async with`
-    statement.
+    """Takes the arguments of LLM; max_mixed_tokens is 224 unless given. It is warmed up, for no request to wait for that.
+    Close it, or use it in an `async with` statement.
     """
 
     def __init__(self, model: str, **options: Any) -> None:
         self._llm = LLM(model, **{"max_mixed_tokens": MIXED_TOKENS} | options)
+        self._llm.warm_up()
         self._text = self._llm.text_engine
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()  # None: close
         self._streams: set[_Stream] = set()  # of the thread

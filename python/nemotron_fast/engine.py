@@ -138,7 +138,7 @@ class Engine:
 
     @torch.inference_mode()
     def warm_up(self) -> None:
-        """Capture the decode steps of all batch sizes.
+        """Capture the decode steps of all batch sizes, and load the kernels of prompts.
 
         Raises:
             RequestError: requests are running.

@@ -20,6 +20,7 @@ from nemotron_fast.graphs import StepGraphs, padded_size, padded_sizes
 from nemotron_fast.kv_cache import KVCache
 from nemotron_fast.model import Model
 from nemotron_fast.penalties import Penalties
+from nemotron_fast.prompt_warm_up import warm_up_rows, warm_up_sizes
 from nemotron_fast.request import Request, TokenLogprob
 from nemotron_fast.sampling import (
     SamplingRows,
@@ -101,7 +102,7 @@ class Executor:
         self._max_num_seqs, self._pad_decode = max_num_seqs, pad_decode
         device = model.weights.embed.device
         on_gpu = device.type == "cuda"
-        max_tokens = max(max_tokens, max_num_seqs)
+        self._max_tokens = max_tokens = max(max_tokens, max_num_seqs)
         capacity = max_tokens * TOKEN_WORDS + max_num_seqs * (SEQ_WORDS + max_pages)
         self._staging = Staging(max_num_seqs, capacity, device)
         self._sampled = self._staging.memory[:max_num_seqs]
@@ -146,15 +147,19 @@ class Executor:
         return [tokens_S, *ops.top_logprobs(raw_SV, final_S, min(num_top, raw_SV.shape[1]))]
 
     def warm_up(self) -> None:
-        """Run all padded sizes on padding rows, which captures their graphs; the largest first: its memory serves all.
+        """Compute steps for nobody: of all padded sizes, which captures their graphs, and of prompts, so that all kernels
+        are loaded. The largest come first: their memory serves all.
 
-        No step may be in flight.
+        Of the KV cache nothing changes. No step may be in flight. Without padding nothing is done.
         """
         if not self._pad_decode:
             return
         for size in reversed(self._sizes):
             self._replay(size, self._load_padded(Rows(), size))
             Fetch(self._sampled).wait()  # the staging buffers are free again
+        for size in reversed(warm_up_sizes(self._max_tokens)):
+            self._compute(self._load(warm_up_rows(size, self.model.max_model_len, self._max_num_seqs)))
+            Fetch(self._sampled).wait()
 
     def decode_graph(self, num_seqs: int) -> torch.cuda.CUDAGraph:
         """The graph of decode steps of so many sequences, which must have run before; for benches."""

@@ -31,6 +31,7 @@ class Model:
     ) -> None:
         self.config = config
         self.weights = weights
+        self.max_model_len = max_model_len
         self._attention_options = {"fp8_products": fp8_attention, "per_query": deterministic}
         self._kv_slots = [sub.kv_slot for sub in config.sub_blocks]
         device = weights.embed.device

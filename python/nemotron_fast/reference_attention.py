@@ -26,7 +26,7 @@ def rope_append(
 ) -> None:
     """Write rotated k and v to their slots (page * page size + offset); rotate the first num_rotated q inside qkv.
 
-    A cache of FP8 stores x / scale, saturating.
+    A slot outside the cache is not written. A cache of FP8 stores x / scale, saturating.
     """
     if not 0 <= num_rotated <= len(qkv_TX):  # as csrc/ops/rope.cpp
         raise RuntimeError(f"num_rotated: is {num_rotated}, want 0..{len(qkv_TX)}")
@@ -35,11 +35,13 @@ def rope_append(
     q_THD = heads_TXD[:num_rotated, : -2 * num_kv]
     q_THD.copy_(_rotate(q_THD, cos_sin_SD[positions_T[:num_rotated]]))
     new_k_TKD = _rotate(heads_TXD[:, -2 * num_kv : -num_kv], cos_sin_SD[positions_T])
-    page, offset = slots_T // page_size, slots_T % page_size
+    is_inside_T = (slots_T >= 0) & (slots_T < len(k_cache_PKBD) * page_size)
+    page, offset = slots_T[is_inside_T] // page_size, slots_T[is_inside_T] % page_size
     for cache, new, scale in (
         (k_cache_PKBD, new_k_TKD, k_scale),
         (v_cache_PKBD, heads_TXD[:, -num_kv:], v_scale),
     ):
+        new = new[is_inside_T]
         if cache.dtype == FP8:  # indexed stores are not implemented for FP8: store its bytes
             stored = (wide(new) / scale).clamp(-FP8_MAX, FP8_MAX).to(FP8)
             cache.view(torch.uint8)[page, :, offset] = stored.view(torch.uint8)

@@ -110,6 +110,7 @@ def test_rope_append(T: int, num_rotated: int, H: int, K: int, D: int, fp8: bool
     cos_sin = torch.cat((angles.cos(), angles.sin()), -1)
     positions = torch.randint(0, 300, (T,), device="cuda")
     slots = torch.randperm(num_pages * PAGE, device="cuda")[:T]
+    slots[8::9], slots[7::9] = -1, num_pages * PAGE  # outside
     caches = [torch.full((num_pages, K, PAGE, D), -9.0, device="cuda").to(cache_dtype) for _ in "kv"]
     on_cpu = [t.cpu().clone() for t in (qkv_TX, *caches)]
     before, scales = qkv_TX.clone(), {"k_scale": 0.5, "v_scale": 0.13, "num_rotated": num_rotated}
@@ -122,7 +123,7 @@ def test_rope_append(T: int, num_rotated: int, H: int, K: int, D: int, fp8: bool
     assert_bit_equal(caches[1].view(torch.uint8).cpu(), on_cpu[2].view(torch.uint8))
     assert_close(caches[0].float().cpu(), on_cpu[1].float(), rtol=2**-3 if fp8 else rounding, atol=rounding / 4)
     untouched = torch.ones(num_pages * PAGE, dtype=torch.bool)
-    untouched[slots.cpu()] = False
+    untouched[slots[(slots >= 0) & (slots < num_pages * PAGE)].cpu()] = False
     for cache in caches:
         stored = cache.float().cpu().transpose(1, 2).reshape(-1, K, D)
         assert (stored[untouched] == -9.0).all()

@@ -21,7 +21,7 @@ TIERS: dict[int, str] = {
           kv_cache safetensors_file checkpoint
           inventory param_loader weights random_weights packed_weights quantize sampling staging penalties comm
           device""",
-    2: """batch residual model graphs executor""",
+    2: """batch residual model graphs prompt_warm_up executor""",
     3: """engine""",
     4: """__init__ __main__ llm async_llm text_engine prompts outputs conversation loading sequence_text tokenizer
           token_bytes detokenizer stop_strings chat_template template_sandbox template_rewrite template_limits
