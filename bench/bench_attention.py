@@ -111,7 +111,11 @@ def our_rope_append(s: list[Tensor]) -> None:
 
 
 def torch_rope_append(s: list[Tensor]) -> None:
-    reference_attention.rope_append(*s, 1.0, 1.0, len(s[0]))
+    """The reference without what it must wait for, which slots are inside of the cache: here all are."""
+    qkv, *caches, cos_sin, positions, slots = s
+    angles = cos_sin[positions]
+    reference_attention.rotate_queries(qkv, caches[0], angles)
+    reference_attention.append(qkv, *caches, angles, slots, 1.0, 1.0)
 
 
 def make_rope(case: cases.RopeCase, device: torch.device) -> list[Tensor]:

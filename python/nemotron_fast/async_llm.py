@@ -42,8 +42,8 @@ class _Stream:
 
 
 class AsyncLLM:
-    """Takes the arguments of LLM; max_mixed_tokens is 224 unless given. It is warmed up, for no request to wait for that.
-    Close it, or use it in an `async with` statement.
+    """Takes the arguments of LLM; max_mixed_tokens is 224 unless given. Warms up at once, so that no request waits for
+    that. Close it, or use it in an `async with` statement.
     """
 
     def __init__(self, model: str, **options: Any) -> None:

@@ -147,8 +147,8 @@ class Executor:
         return [tokens_S, *ops.top_logprobs(raw_SV, final_S, min(num_top, raw_SV.shape[1]))]
 
     def warm_up(self) -> None:
-        """Compute steps for nobody: of all padded sizes, which captures their graphs, and of prompts, so that all kernels
-        are loaded. The largest come first: their memory serves all.
+        """Compute steps for nobody: of all padded sizes, which captures their graphs, and of prompts, which loads their
+        kernels. The largest come first: their memory serves all.
 
         Of the KV cache nothing changes. No step may be in flight. Without padding nothing is done.
         """

@@ -208,7 +208,7 @@ class LLM:
         return prepare_chat(self.tokenizer, prompt, thinking) if is_chat else self._plain(prompt)
 
     def warm_up(self) -> None:
-        """Do now what the first steps of each size would have to: on a GPU, capture the decode steps and load kernels."""
+        """Do now what the first steps of each size would have to: on a GPU, capture graphs and load kernels."""
         self.engine.warm_up()
 
     def metrics(self) -> Metrics:
