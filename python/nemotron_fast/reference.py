@@ -80,8 +80,11 @@ def row_stats(x_TX: Tensor, norm_weight: Tensor | None, block: int = STATS_BLOCK
     """[T, blocks of columns, 2] float32: sum of x^2, largest |x * norm_weight| (|x| without a norm)."""
     wide_TX = wide(x_TX)
     weighted_TX = wide_TX if norm_weight is None else wide_TX * norm_weight
-    parts = zip(wide_TX.split(block, -1), weighted_TX.split(block, -1), strict=True)
-    return torch.stack([torch.stack([x.square().sum(-1), w.abs().amax(-1)], -1) for x, w in parts], 1).float()
+
+    def blocks(t_TX: Tensor) -> Tensor:  # zeros beyond the row change neither
+        return functional.pad(t_TX, (0, -t_TX.shape[1] % block)).unflatten(1, (-1, block))
+
+    return torch.stack([blocks(wide_TX).square().sum(-1), blocks(weighted_TX).abs().amax(-1)], -1).float()
 
 
 def apply_row_stats(x_TX: Tensor, rows: RowStats) -> Tensor:
