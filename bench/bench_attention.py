@@ -111,11 +111,12 @@ def our_rope_append(s: list[Tensor]) -> None:
 
 
 def torch_rope_append(s: list[Tensor]) -> None:
-    """The reference without what it must wait for, which slots are inside of the cache: here all are."""
+    """The reference, for slots that are all inside of the cache: to look for others it would wait for the GPU."""
     qkv, *caches, cos_sin, positions, slots = s
-    angles = cos_sin[positions]
-    reference_attention.rotate_queries(qkv, caches[0], angles)
-    reference_attention.append(qkv, *caches, angles, slots, 1.0, 1.0)
+    num_kv, angles = caches[0].shape[1], cos_sin[positions]
+    heads = qkv.unflatten(1, (-1, cos_sin.shape[1]))
+    reference_attention.rotate(heads[:, : -2 * num_kv], angles)
+    reference_attention.append(heads[:, -2 * num_kv :], *caches, angles, slots, 1.0, 1.0)
 
 
 def make_rope(case: cases.RopeCase, device: torch.device) -> list[Tensor]:

@@ -140,18 +140,20 @@ def measure(llm: LLM, batch: int, context: int, args: argparse.Namespace) -> dic
         place(engine, context, num_steps(args))
     row: dict[str, Any] = {"batch": batch, "context": context}
     row["engine_us"] = statistics.median(engine_step_us(engine, args.steps))
-    if args.beside:  # before the profiler has been there: it may slow later launches
-        row["beside"] = beside_a_prompt(engine, args.beside, row["engine_us"])
     config, kv = llm.config, engine.cache
     kv_width = kv.keys[0].element_size() if kv.keys else 1
     kv_bytes = batch * (context + args.steps // 2) * kv_bytes_per_token(config, "fp8") * kv_width
     row["read_bytes"] = weight_bytes_read(engine) + kv_bytes
-    if llm.device.type == "cuda":
+    on_gpu = llm.device.type == "cuda"
+    if on_gpu:
         graph = engine.executor.decode_graph(batch)
         row["graph_us"] = graph_step_us(graph, args.repeats)
         row["host_us"] = row["engine_us"] - row["graph_us"]
         row["read_gb_per_s"] = row["read_bytes"] / row["graph_us"] / 1e3
-        row["kernels"] = kernel_times(graph) if args.kernels else []
+    if args.beside:  # before the profiler has been there: it may slow later launches
+        row["beside"] = beside_a_prompt(engine, args.beside, row["engine_us"])
+    if on_gpu and args.kernels:
+        row["kernels"] = kernel_times(graph)
     for request in [*engine.scheduler.running]:
         engine.abort(request)
     return row

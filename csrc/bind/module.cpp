@@ -64,5 +64,5 @@ PYBIND11_MODULE(_C, m) {
   m.def("linear_workspace_bytes", &nf::linear_workspace_bytes, py::arg("num_sms"),
         "Of the workspace of a packed linear.");
   m.def("gemm_tile_tokens", &nf::gemm_tile_tokens, py::arg("num_tokens"),
-        "How many tokens a full tile of the GEMM has, which names its kernel.");
+        "How many tokens a full tile of the GEMM has: kernels differ by that.");
 }

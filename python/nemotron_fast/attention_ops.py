@@ -26,8 +26,8 @@ def rope_append(
     """Append rotated k and v of qkv [T, (H + 2K) D] to the caches [P, K, B, D] and rotate q in place.
 
     cos_sin [positions, D] float32 (cos, then sin); positions [T] int64; slots [T] int64 = page * B + offset, a
-    token with a slot outside the cache is not appended. q is rotated of the first `num_rotated` tokens, None is T:
-    attention may do the rest.
+    token with a slot outside the cache is not appended, but has a position. q is rotated of the first `num_rotated`
+    tokens, None is T: attention may do the rest.
     """
     num_rotated = len(qkv) if num_rotated is None else num_rotated
     _ops.rope_append.default(qkv, k_cache, v_cache, cos_sin, positions, slots, k_scale, v_scale, num_rotated)

@@ -19,9 +19,9 @@ def size_cache(
         CapacityError: not even one sequence of max_model_len fits.
     """
     length = config.max_position if max_model_len is None else max_model_len
-    if not 1 <= length <= config.max_position:
+    if not 2 <= length <= config.max_position:  # of a prompt and a new token
         raise RequestError(
-            f"max_model_len={length}, want 1..{config.max_position} (the model's max_position_embeddings)"
+            f"max_model_len={length}, want 2..{config.max_position} (the model's max_position_embeddings)"
         )
     affordable = num_pages_that_fit(config, budget, kv_dtype, PAGE_SIZE)
     if affordable is None:  # no attention anywhere: pages take no memory

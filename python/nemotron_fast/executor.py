@@ -150,9 +150,9 @@ class Executor:
         """Compute steps for nobody: of all padded sizes, which captures their graphs, and of prompts, which loads their
         kernels. The largest come first: their memory serves all.
 
-        Of the KV cache nothing changes. No step may be in flight. Without padding nothing is done.
+        Of the KV cache nothing changes. No step may be in flight. On a CPU there is nothing to do, unless with padding.
         """
-        if not self._pad_decode:
+        if not (self._pad_decode or self._sampled.is_cuda):
             return
         for size in reversed(self._sizes):
             self._replay(size, self._load_padded(Rows(), size))

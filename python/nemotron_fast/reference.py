@@ -81,8 +81,9 @@ def row_stats(x_TX: Tensor, norm_weight: Tensor | None, block: int = STATS_BLOCK
     wide_TX = wide(x_TX)
     weighted_TX = wide_TX if norm_weight is None else wide_TX * norm_weight
 
-    def blocks(t_TX: Tensor) -> Tensor:  # zeros beyond the row change neither
-        return functional.pad(t_TX, (0, -t_TX.shape[1] % block)).unflatten(1, (-1, block))
+    def blocks(t_TX: Tensor) -> Tensor:
+        missing = -t_TX.shape[1] % block  # zeros, which change neither
+        return (functional.pad(t_TX, (0, missing)) if missing else t_TX).unflatten(1, (-1, block))
 
     return torch.stack([blocks(wide_TX).square().sum(-1), blocks(weighted_TX).abs().amax(-1)], -1).float()
 

@@ -30,22 +30,21 @@ def rope_append(
     """
     if not 0 <= num_rotated <= len(qkv_TX):  # as csrc/ops/rope.cpp
         raise RuntimeError(f"num_rotated: is {num_rotated}, want 0..{len(qkv_TX)}")
-    rotate_queries(qkv_TX[:num_rotated], k_cache_PKBD, cos_sin_SD[positions_T[:num_rotated]])
-    num_pages, _, page_size, _ = k_cache_PKBD.shape
+    num_pages, num_kv, page_size, dim = k_cache_PKBD.shape
+    heads_TXD = qkv_TX.unflatten(1, (qkv_TX.shape[1] // dim, dim))
+    rotate(heads_TXD[:num_rotated, : -2 * num_kv], cos_sin_SD[positions_T[:num_rotated]])
     kept_T = (slots_T >= 0) & (slots_T < num_pages * page_size)
-    angles_TD = cos_sin_SD[positions_T[kept_T]]
-    append(qkv_TX[kept_T], k_cache_PKBD, v_cache_PKBD, angles_TD, slots_T[kept_T], k_scale, v_scale)
+    angles_TD, slots_T = cos_sin_SD[positions_T[kept_T]], slots_T[kept_T]
+    append(heads_TXD[:, -2 * num_kv :][kept_T], k_cache_PKBD, v_cache_PKBD, angles_TD, slots_T, k_scale, v_scale)
 
 
-def rotate_queries(qkv_TX: Tensor, k_cache_PKBD: Tensor, cos_sin_TD: Tensor) -> None:
-    """Rotate q inside qkv."""
-    _, num_kv, _, dim = k_cache_PKBD.shape
-    q_THD = qkv_TX.unflatten(1, (qkv_TX.shape[1] // dim, dim))[:, : -2 * num_kv]
-    q_THD.copy_(_rotate(q_THD, cos_sin_TD))
+def rotate(x_TXD: Tensor, cos_sin_TD: Tensor) -> None:
+    """In place."""
+    x_TXD.copy_(_rotate(x_TXD, cos_sin_TD))
 
 
 def append(
-    qkv_TX: Tensor,
+    kv_TXD: Tensor,
     k_cache_PKBD: Tensor,
     v_cache_PKBD: Tensor,
     cos_sin_TD: Tensor,
@@ -53,9 +52,8 @@ def append(
     k_scale: float,
     v_scale: float,
 ) -> None:
-    """Write rotated k and v to their slots, all inside of the cache."""
-    _, num_kv, page_size, dim = k_cache_PKBD.shape
-    kv_TXD = qkv_TX.unflatten(1, (qkv_TX.shape[1] // dim, dim))[:, -2 * num_kv :]
+    """Write k, which it rotates, and v to their slots, all inside of the cache."""
+    num_kv, page_size = k_cache_PKBD.shape[1:3]
     new_k_TKD, new_v_TKD = _rotate(kv_TXD[:, :num_kv], cos_sin_TD), kv_TXD[:, num_kv:]
     page, offset = slots_T // page_size, slots_T % page_size
     for cache, new, scale in ((k_cache_PKBD, new_k_TKD, k_scale), (v_cache_PKBD, new_v_TKD, v_scale)):

@@ -3,9 +3,11 @@
 
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from company import assert_same_bits_in_any_company
 from modelopt import demo_checkpoint
 from near_ties import assert_same_but_for_near_ties
@@ -147,6 +149,29 @@ def test_warm_up_changes_nothing():
                 llm.warm_up()
             results.append([r.outputs for r in llm.generate(PROMPTS * 3, params)])
     assert results[0] == results[1]
+
+
+def our_kernels(work: Callable[[], object]) -> set[str]:
+    """The names of those that `work` launches; torch chooses its own by size."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        work()
+        torch.cuda.synchronize()
+    return {event.name for event in profile.events() if "nf::" in event.name}
+
+
+@pytest.mark.parametrize("cuda_graphs", [True, False])
+@pytest.mark.parametrize("max_num_seqs", [1, 5])
+def test_after_warm_up_no_request_is_the_first_to_run_a_kernel(max_num_seqs, cuda_graphs, options):
+    """Prompts of all lengths, alone and beside others that decode, and what a cached beginning leaves of one."""
+    lengths = [1, 2, 8, 9, 16, 17, 40, 70, 100, 130, 200, 250, 270, 300, 340, 400, 500]
+    prompts = [[length % 7 + 1] * length for length in lengths]
+    params = SamplingParams(max_tokens=3, temperature=0, ignore_eos=True)
+    with LLM(**options, device="cuda", max_num_seqs=max_num_seqs, max_model_len=600, cuda_graphs=cuda_graphs) as llm:
+        warm = our_kernels(llm.warm_up)
+        cached = [*prompts[-1][:448], 9, 8, 7]
+        alone = our_kernels(lambda: [llm.generate(prompt, params) for prompt in (*prompts, cached)])
+        together = our_kernels(lambda: llm.generate(prompts, params))
+    assert warm and alone <= warm and together <= warm
 
 
 @pytest.fixture(scope="module")
