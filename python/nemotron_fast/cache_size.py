@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from nemotron_fast.config import ModelConfig
+from nemotron_fast.dtypes import FP8
 from nemotron_fast.errors import CapacityError, RequestError
 from nemotron_fast.footprint import kv_bytes_per_token, num_pages_that_fit
 from nemotron_fast.pages import PAGE_SIZE, pages_for
@@ -16,7 +17,7 @@ def size_cache(
 
     Raises:
         RequestError: max_model_len is out of the model's range.
-        CapacityError: not even one sequence of max_model_len fits.
+        CapacityError: not even one sequence of max_model_len fits; it says what would.
     """
     length = config.max_position if max_model_len is None else max_model_len
     if not 2 <= length <= config.max_position:  # of a prompt and a new token
@@ -27,12 +28,22 @@ def size_cache(
     if affordable is None:  # no attention anywhere: pages take no memory
         return length, pages_for(length) * max_num_seqs
     if max_model_len is None:
-        length = min(length, max(affordable * PAGE_SIZE, 1))
+        length = min(length, max(affordable * PAGE_SIZE, 2))
     if affordable < pages_for(length):
         needed = pages_for(length) * PAGE_SIZE * kv_bytes_per_token(config, kv_dtype)
         raise CapacityError(
             f"a context of {length} tokens needs {needed / 1e9:.2f} GB of KV cache, "
-            f"{budget / 1e9:.2f} GB are available for it ({affordable * PAGE_SIZE} tokens); "
-            "lower max_model_len or use kv_dtype='fp8'"
+            f"{budget / 1e9:.2f} GB are available; would fit: {_what_fits(affordable, kv_dtype, max_num_seqs)}"
         )
     return length, min(affordable, pages_for(length) * max_num_seqs)
+
+
+def _what_fits(num_pages: int, kv_dtype: str, max_num_seqs: int) -> str:
+    fitting = []
+    if num_pages:
+        fitting.append(f"max_model_len up to {num_pages * PAGE_SIZE} for one sequence at a time")
+    if max_num_seqs > 1 and (each := num_pages // max_num_seqs):
+        fitting.append(f"{each * PAGE_SIZE} for {max_num_seqs} at a time")
+    if kv_dtype != FP8:
+        fitting.append("more with kv_dtype='fp8'")
+    return ", ".join(fitting) or "nothing; free some memory"

@@ -39,7 +39,7 @@ def rope_append(
 
 
 def rotate(x_TXD: Tensor, cos_sin_TD: Tensor) -> None:
-    """In place."""
+    """RoPE in place; a row of cos_sin is one token's."""
     x_TXD.copy_(_rotate(x_TXD, cos_sin_TD))
 
 

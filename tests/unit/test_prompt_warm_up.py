@@ -26,7 +26,7 @@ def test_sizes_need_every_kernel_that_a_step_may_need(max_tokens):
     assert sizes == sorted(set(sizes)) and sizes[-1] == max_tokens and len(sizes) < 20
     assert (MOST_DECODE_QUERIES in sizes) == (max_tokens >= MOST_DECODE_QUERIES)
 
-    def gemms(sizes):
+    def gemms(sizes):  # up to 16 tokens there is none
         return {(_C.gemm_tile_tokens(tokens), tokens > REHEARSED_TOKENS) for tokens in sizes if tokens > 16}
 
     assert gemms(sizes) == gemms(range(max_tokens + 1))
